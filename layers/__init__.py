@@ -1,0 +1,24 @@
+"""Stateless attention primitives: pure, jitted functions of arrays.
+
+`from layers import dot_attention` works for every public primitive; the module names group them by mechanism.
+"""
+
+from layers.linear import dot_attention
+from layers.series import (
+    InstanceStatistics,
+    SeasonalTrend,
+    instance_denormalize,
+    instance_normalize,
+    moving_average,
+    series_decomposition,
+)
+
+__all__ = [
+    "InstanceStatistics",
+    "SeasonalTrend",
+    "dot_attention",
+    "instance_denormalize",
+    "instance_normalize",
+    "moving_average",
+    "series_decomposition",
+]
