@@ -3,6 +3,7 @@
 `from layers import dot_attention` works for every public primitive; the module names group them by mechanism.
 """
 
+from layers.dropout import dropout, dropout_mask
 from layers.linear import dot_attention
 from layers.series import (
     InstanceStatistics,
@@ -17,6 +18,8 @@ __all__ = [
     "InstanceStatistics",
     "SeasonalTrend",
     "dot_attention",
+    "dropout",
+    "dropout_mask",
     "instance_denormalize",
     "instance_normalize",
     "moving_average",

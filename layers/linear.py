@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 __all__ = ["dot_attention"]
 
 
-@partial(jax.jit, static_argnames=("approximate_gelu",))
+@partial(jax.jit, static_argnames=("approximate_gelu", "return_weights"))
 def dot_attention(
     query: Float[Array, "B L D"],
     key: Float[Array, "B L D"],
@@ -17,14 +17,16 @@ def dot_attention(
     *,
     token_mask: Bool[Array, "B L"] | None = None,
     approximate_gelu: bool = False,
-) -> Float[Array, "B L D"]:
+    return_weights: bool = False,
+) -> Float[Array, "B L D"] | tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
     """o_tc = v_tc sum_u GELU(softmax_u(q_uc) k_uc): every channel gates its values by one number for all tokens.
 
     The softmax runs over the tokens, channel by channel, without a 1/sqrt(D). All that tokens tell each other passes
     through the D sums, hence O(L D) time and memory; splitting D into heads changes nothing. `token_mask` (True =
     present) leaves tokens out of the softmax and the sum and gives them a zero output; no token at all gives zeros.
-    GELU is the exact (erf) form unless `approximate_gelu` asks for the tanh form. Softmax and sum are accumulated in
-    float32. Source: card ister, "Dot-attention" (arXiv:2412.18798, official code).
+    GELU is the exact (erf) form unless `approximate_gelu` asks for the tanh form. `return_weights` also returns the
+    softmax weights (over tokens, a column per channel). Softmax and sum are accumulated in float32. Source: card ister,
+    "Dot-attention" (arXiv:2412.18798, official code).
     """
     logits = query.astype(jnp.float32)
     if token_mask is None:
@@ -38,4 +40,5 @@ def dot_attention(
     output = value.astype(jnp.float32) * gates
     if token_mask is not None:
         output = jnp.where(token_mask[:, :, None], output, 0.0)
-    return output.astype(value.dtype)
+    output = output.astype(value.dtype)
+    return (output, weights) if return_weights else output

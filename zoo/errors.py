@@ -4,4 +4,4 @@ __all__ = ["UserError"]
 
 
 class UserError(ValueError):
-    """Bad input. Its message is one sentence that names the thing and the remedy; the CLI prints it and exits with 1."""
+    """Bad input. Its message is one sentence that names thing and remedy; the CLI prints it and exits with 1."""

@@ -1,0 +1,35 @@
+"""The record of a task family."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Batch", "Task"]
+
+Batch = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of a model, whichever it is.
+
+    `loss(outputs, batch)` gives the mean training loss and further named scalars; `metrics(outputs, batch)` gives each
+    metric as one number per example, so that any split into batches averages to the same result. `metric` names the
+    one that decides between checkpoints. `baselines` predict without a model, from the batch alone.
+    `pad(batch)`, for tasks with variable sizes, adds padding that must not change the outputs of the real part.
+    """
+
+    name: str
+    loss: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+    metrics: Callable[[Any, Batch], dict[str, jax.Array]]
+    metric: str
+    lower_is_better: bool = True
+    baselines: Mapping[str, Callable[[Batch], Any]] = field(default_factory=dict)
+    pad: Callable[[Batch], Batch] | None = None
+    picture: Callable[[Batch, Any], "Figure"] | None = None
+    picture_name: str = "prediction.png"

@@ -1,0 +1,1 @@
+"""Weights in and out: official state dicts, safetensors, npz and Orbax folders."""
