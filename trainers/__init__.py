@@ -1,0 +1,1 @@
+"""One trainer for all papers: recipes, data, mesh, checkpoints and the command line."""

@@ -1,0 +1,53 @@
+"""Ister's runs: `zoo train ister` (stand-in) and the settings of the official scripts on the public sets.
+
+zoo train ister --config etth1 --data ett_h1 --data-dir <folder with ETTh1.csv>
+"""
+
+from trainers.recipe import Evaluation, Optimizer, Recipe
+
+
+def _official(
+    config: str,
+    data: str,
+    *,
+    batch_size: int,
+    epochs: int,
+    learning_rate: float = 3e-4,
+    schedule: str = "cosine_per_epoch",
+) -> Recipe:
+    return Recipe(
+        paper="ister",
+        config=config,
+        data=data,
+        batch_size=batch_size,
+        epochs=epochs,
+        seed=2021,
+        optimizer=Optimizer(name="adam", learning_rate=learning_rate, schedule=schedule),
+        evaluation=Evaluation(patience=3),
+    )
+
+
+def _exchange(config: str) -> Recipe:
+    return _official(config, "exchange_rate", batch_size=32, epochs=10, learning_rate=1e-4, schedule="halve_per_epoch")
+
+
+RECIPES = {
+    # Learns the stand-in to less than half of the naive error in under a minute on two CPU cores.
+    "tiny": Recipe(
+        paper="ister",
+        batch_size=64,
+        epochs=20,
+        optimizer=Optimizer(name="adam", learning_rate=3e-3, schedule="cosine"),
+    ),
+    "etth1": _official("etth1", "ett_h1", batch_size=256, epochs=20),
+    "etth1_192": _official("etth1_192", "ett_h1", batch_size=512, epochs=20),
+    "etth1_336": _official("etth1_336", "ett_h1", batch_size=256, epochs=20),
+    "etth1_720": _official("etth1_720", "ett_h1", batch_size=256, epochs=20),
+    **{c: _official(c, "ett_h2", batch_size=512, epochs=20) for c in ("etth2", "etth2_192", "etth2_336", "etth2_720")},
+    **{c: _official(c, "ett_m1", batch_size=64, epochs=50) for c in ("ettm1", "ettm1_192", "ettm1_720")},
+    "ettm1_336": _official("ettm1_336", "ett_m1", batch_size=64, epochs=35),
+    **{c: _official(c, "ett_m2", batch_size=512, epochs=20) for c in ("ettm2", "ettm2_192", "ettm2_336", "ettm2_720")},
+    **{c: _exchange(c) for c in ("exchange", "exchange_192", "exchange_336", "exchange_720")},
+    # Not in the paper; the usual protocol of that set.
+    "illness": _official("illness", "illness", batch_size=32, epochs=20, learning_rate=1e-3),
+}
