@@ -3,6 +3,7 @@
 `from layers import dot_attention` works for every public primitive; the module names group them by mechanism.
 """
 
+from layers.activations import gelu
 from layers.dropout import dropout, dropout_mask
 from layers.linear import dot_attention
 from layers.series import (
@@ -20,6 +21,7 @@ __all__ = [
     "dot_attention",
     "dropout",
     "dropout_mask",
+    "gelu",
     "instance_denormalize",
     "instance_normalize",
     "moving_average",

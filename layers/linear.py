@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from layers.activations import gelu
+
 __all__ = ["dot_attention"]
 
 
@@ -36,7 +38,7 @@ def dot_attention(
         # `where` inside softmax keeps an all-absent row finite: its weights are zeros, and so are their gradients.
         weights = jax.nn.softmax(logits, axis=1, where=present)
         weights = jnp.where(present, weights, 0.0)
-    gates = jnp.sum(jax.nn.gelu(weights * key.astype(jnp.float32), approximate=approximate_gelu), axis=1, keepdims=True)
+    gates = jnp.sum(gelu(weights * key.astype(jnp.float32), approximate=approximate_gelu), axis=1, keepdims=True)
     output = value.astype(jnp.float32) * gates
     if token_mask is not None:
         output = jnp.where(token_mask[:, :, None], output, 0.0)

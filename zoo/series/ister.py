@@ -82,7 +82,7 @@ class TrendMLP(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "B N D"], *, train: bool) -> Float[Array, "B N D"]:
         c = self.config
-        hidden = jax.nn.gelu(Linear(c.d_model // 2, name="fc1")(z), approximate=False)
+        hidden = layers.gelu(Linear(c.d_model // 2, name="fc1")(z))
         hidden = Dropout(c.trend_dropout_rate)(Linear(c.d_model, name="fc2")(hidden), train=train)
         skip = Linear(c.d_model, name="fc3")(z)
         return z + nn.LayerNorm(epsilon=c.layer_norm_epsilon, name="norm")(hidden + skip)
