@@ -137,7 +137,7 @@ def train(argv: Sequence[str]) -> None:
     if wants_help:
         print(
             "usage: zoo train PAPER [--config NAME] [OPTIONS]\n\nTrain a paper's model, or go on with its run. "
-            f"Below, the defaults of\n`zoo train {slug} --config {known.config}`; `zoo show {slug}` lists its configs.\n"
+            f"Below, the defaults of\n`zoo train {slug} --config {known.config}`; `zoo show {slug}` lists them.\n"
         )
     parsed = _parse(arguments, rest, prog=f"zoo train {slug}")
     run_training(parsed.recipe, epath.Path(parsed.workdir).expanduser())
@@ -238,7 +238,7 @@ def _parse(target: Any, argv: Sequence[str], *, prog: str) -> Any:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(target, args=list(argv), prog=prog, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(target, args=list(argv), prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -34,7 +34,9 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._path = folder / METRICS_FILE
-        kept = [row for row in read_metrics(self._path) if row["step"] <= resume_step]
+        rows = read_metrics(self._path)
+        # Test lines close a run; one that goes on, or is only run again, writes its own.
+        kept = [row for row in rows if row["step"] <= resume_step and not any(k.startswith("test/") for k in row)]
         part = folder / f".{METRICS_FILE}.part"
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         part.replace(self._path)

@@ -1,0 +1,1 @@
+"""Exchange rates (Lai et al., arXiv:1703.07015)."""

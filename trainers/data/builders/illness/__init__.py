@@ -1,0 +1,1 @@
+"""Influenza-like illness in the United States (CDC)."""

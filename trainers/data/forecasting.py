@@ -1,0 +1,232 @@
+"""Long-term forecasting data: the protocol of the literature in one place.
+
+Each column is z-scored with mean and standard deviation of the training rows. Windows of look-back + horizon rows slide
+by one; those of validation and test reach back into the rows before, so that their first target is the first row of
+their part. Source: card ister, "Data" (arXiv:2012.07436, arXiv:2310.06625).
+"""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import logging
+import os
+import sys
+import urllib.request
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int
+
+from trainers.data.catalogue import DATASETS, DatasetFacts
+from trainers.data.csv_series import RawSeries, find_file, read_csv_series
+from trainers.data.standins import forecasting_standin
+from zoo.catalogue import closest
+from zoo.errors import UserError
+
+__all__ = ["ForecastingData", "WindowedSplit", "calendar_marks", "load_forecasting", "load_series", "split_borders"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WindowedSplit:
+    """All windows of one part of a series: the series lies on the device once, a batch is sliced from it there."""
+
+    values: Float[Array, "T N"]
+    marks: Float[Array, "T F"] | None
+    starts: Int[Array, " W"]  # first row of each window
+    lookback: int = field(metadata={"static": True})
+    horizon: int = field(metadata={"static": True})
+
+    def __len__(self) -> int:
+        return self.starts.shape[0]
+
+    def batch(self, indices: Int[Array, " B"]) -> dict[str, Float[Array, "B _ _"]]:
+        """The windows of these numbers as a forecasting batch; traceable."""
+        lookback, length = self.lookback, self.lookback + self.horizon
+        first = self.starts[indices]
+        window = jax.vmap(lambda s: jax.lax.dynamic_slice_in_dim(self.values, s, length))(first)
+        batch = {"x": window[:, :lookback], "y": window[:, lookback:]}
+        if self.marks is not None:
+            batch["x_mark"] = jax.vmap(lambda s: jax.lax.dynamic_slice_in_dim(self.marks, s, lookback))(first)
+        return batch
+
+
+@dataclass(frozen=True)
+class ForecastingData:
+    """A scaled series cut into three parts, and what is needed to speak of it in its own units."""
+
+    train: WindowedSplit
+    valid: WindowedSplit
+    test: WindowedSplit
+    columns: tuple[str, ...]
+    mean: np.ndarray  # (N,), of the training rows
+    std: np.ndarray
+    times: np.ndarray  # (T,) datetime64[s], empty where the set has no dates
+
+    def unscale(self, values: np.ndarray) -> np.ndarray:
+        """From z-scores to the units of the file."""
+        return np.asarray(values, np.float64) * self.std + self.mean
+
+    def last_window(self) -> dict[str, jax.Array]:
+        """The final look-back of the whole series as a batch of one, to forecast what no file holds yet."""
+        lookback = self.test.lookback
+        batch = {"x": self.test.values[None, -lookback:]}
+        if self.test.marks is not None:
+            batch["x_mark"] = self.test.marks[None, -lookback:]
+        return batch
+
+    def future_times(self) -> np.ndarray:
+        """(P,) the dates after the last row at its step, or row numbers where there are no dates."""
+        steps = np.arange(1, self.test.horizon + 1)
+        if self.times.size == 0:
+            return len(self.test.values) - 1 + steps
+        return self.times[-1] + steps * (self.times[-1] - self.times[-2])
+
+
+def calendar_marks(times: np.ndarray, frequency: str) -> np.ndarray | None:
+    """(T, F) calendar features in [-0.5, 0.5], those the literature uses for each sampling frequency; None undated.
+
+    hour: hour, weekday, day of month, day of year; quarter_hour: minute first; day: without the hour; week: day of
+    month and ISO week.
+    """
+    if times.size == 0:
+        return None
+    days = times.astype("datetime64[D]")
+    months, years = days.astype("datetime64[M]"), days.astype("datetime64[Y]")
+    weekday = (days.astype(np.int64) + 3) % 7  # 1970-01-01 was a Thursday; Monday is 0
+    # A week belongs to the year of its Thursday, and is numbered by it.
+    thursday = days + (3 - weekday).astype("timedelta64[D]")
+    week = (thursday - thursday.astype("datetime64[Y]").astype("datetime64[D]")).astype(np.int64) // 7
+    seconds = (times - days).astype("timedelta64[s]").astype(np.int64)
+    feature = {
+        "minute": seconds // 60 % 60 / 59,
+        "hour": seconds // 3600 / 23,
+        "weekday": weekday / 6,
+        "day_of_month": (days - months.astype("datetime64[D]")).astype(np.int64) / 30,
+        "day_of_year": (days - years.astype("datetime64[D]")).astype(np.int64) / 365,
+        "week": week / 52,
+    }
+    names = {
+        "quarter_hour": ("minute", "hour", "weekday", "day_of_month", "day_of_year"),
+        "hour": ("hour", "weekday", "day_of_month", "day_of_year"),
+        "day": ("weekday", "day_of_month", "day_of_year"),
+        "week": ("day_of_month", "week"),
+    }[frequency]
+    return np.stack([feature[name] for name in names], axis=1).astype(np.float32) - np.float32(0.5)
+
+
+def split_borders(rows: int, facts: DatasetFacts, lookback: int) -> dict[str, tuple[int, int]]:
+    """The rows [first, last) that each part may touch, look-back included."""
+    if facts.split_rows is not None:
+        train, valid, test = facts.split_rows
+        if rows < train + valid + test:
+            raise UserError(f"{facts.files[0]} has {rows} rows, its protocol needs {train + valid + test}")
+    else:
+        train, test = int(rows * 0.7), int(rows * 0.2)
+        valid = rows - train - test
+    end = train + valid
+    return {"train": (0, train), "valid": (train - lookback, end), "test": (end - lookback, end + test)}
+
+
+def load_forecasting(name: str, *, data_dir: str | None, lookback: int, horizon: int, seed: int = 0) -> ForecastingData:
+    """The data set of that name, scaled and cut into windows. `seed` matters to the stand-in alone."""
+    known = [key for key, facts in DATASETS.items() if facts.task == "forecasting"]
+    if name not in known:
+        raise UserError(f"no forecasting data set is called {name!r}{closest(name, known)}")
+    facts = DATASETS[name]
+    if name == "standin":
+        if data_dir is not None:
+            raise UserError("the stand-in is generated and takes no --data-dir; name the set with --data, e.g. ett_h1")
+        raw, columns = forecasting_standin(seed), tuple(f"series {i}" for i in range(7))
+    else:
+        raw, columns = load_series(name, data_dir), facts.columns
+
+    borders = split_borders(len(raw.values), facts, lookback)
+    first, last = borders["train"]
+    mean, std = raw.values[first:last].mean(axis=0), raw.values[first:last].std(axis=0)
+    std = np.where(std == 0, 1.0, std)  # a constant column stays constant instead of becoming infinite
+    values = jnp.asarray(((raw.values - mean) / std).astype(np.float32))
+    marks = calendar_marks(raw.times, facts.frequency)
+    marks = None if marks is None else jnp.asarray(marks)
+
+    splits = {}
+    for part, (begin, end) in borders.items():
+        begin = max(begin, 0)
+        if end - begin < lookback + horizon:
+            raise UserError(
+                f"a window of {lookback} + {horizon} rows is longer than the {part} part of {name}, "
+                f"{end - begin} rows: use a smaller --model.lookback or --model.horizon"
+            )
+        starts = jnp.arange(begin, end - lookback - horizon + 1, dtype=jnp.int32)
+        splits[part] = WindowedSplit(values, marks, starts, lookback, horizon)
+    return ForecastingData(**splits, columns=columns, mean=mean, std=std, times=raw.times)
+
+
+def load_series(name: str, data_dir: str | None) -> RawSeries:
+    """The whole series of a set, prepared once by its TFDS builder.
+
+    With `data_dir` the original file is read from there and its prepared copy kept in a cache under the file's own
+    fingerprint, so that an edited file is never mistaken for the old one and the folder itself may be read-only.
+    """
+    facts = DATASETS[name]
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"{name} needs tensorflow-datasets: pip install tensorflow-datasets ({error})") from error
+    from trainers.data.builders.series import SPLIT
+
+    package, _, config = facts.builder.partition("/")
+    module = importlib.import_module(f"trainers.data.builders.{package}.{package}_dataset_builder")
+    options = {"config": config} if config else {}
+    if data_dir is not None:
+        source = find_file(facts, name, data_dir)
+        fingerprint = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+        options |= {"source": source, "data_dir": os.fspath(_cache() / "tfds" / fingerprint)}
+    # TFDS talks on stdout, which belongs to results, and through absl of folders that are about to be filled.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder = module.Builder(file_format="array_record", **options)
+        if not builder.is_prepared():
+            if data_dir is not None:
+                read_csv_series(source, facts)  # its errors are clearer alone than out of TFDS
+            else:
+                _check_reachable(name, facts)
+            tfds.disable_progress_bar()
+            try:
+                builder.download_and_prepare()
+            except UserError:
+                raise
+            except Exception as error:  # TFDS and its downloader raise many kinds
+                # Another process may have prepared the same set meanwhile: TFDS renames a finished folder into place.
+                if not builder.is_prepared():
+                    if data_dir is not None:
+                        raise UserError(f"{name} could not be prepared in {builder.data_dir}: {error}") from error
+                    raise UserError(
+                        f"{name} could not be downloaded from {facts.url} ({error}): fetch the file by hand and give "
+                        "its folder with --data-dir"
+                    ) from error
+        example = builder.as_data_source(split=SPLIT)[0]
+    return RawSeries(np.asarray(example["values"]), np.asarray(example["times"]).astype("datetime64[s]"))
+
+
+def _check_reachable(name: str, facts: DatasetFacts) -> None:
+    """Fails at once where TFDS's downloader would try for minutes."""
+    print(f"downloading {name} from {facts.url} (licence: {facts.licence})", file=sys.stderr)
+    try:
+        urllib.request.urlopen(urllib.request.Request(facts.url, method="HEAD"), timeout=20).close()
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be downloaded from {facts.url} ({getattr(error, 'reason', error)}): fetch the file by hand "
+            "and give its folder with --data-dir"
+        ) from error
+
+
+def _cache() -> epath.Path:
+    home = os.environ.get("ATTENTION_ZOO_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "attention_zoo"
+    )
+    return epath.Path(home)
