@@ -103,6 +103,6 @@ def plot_curves(folder: epath.Path, metric: str) -> None:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set_xlabel("step")
+    axes.set(xlabel="step", yscale="log")
     axes.legend(frameon=False)
     figure.savefig(folder / "curves.png", dpi=110)

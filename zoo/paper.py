@@ -24,6 +24,7 @@ class Official:
     arguments and returns the official outputs, by the names that golden cases use.
     """
 
+    module: str  # where it is in the official code, as "path/file.py:Class"
     config: Callable[[Mapping[str, Any]], Any]
     hparams: Callable[[Any], dict[str, Any]]
     table: Callable[[Any], Table]
@@ -41,8 +42,7 @@ class Paper:
     model: Callable[[Any], nn.Module]
     example: Callable[..., Batch]  # (config, *, batch_size, key) -> inputs and targets of the right shapes
     loss: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]] | None = None  # default: the task's
-    official: Official | None = None
-    official_parts: Mapping[str, Official] = field(default_factory=dict)  # by official module path
+    officials: tuple[Official, ...] = ()  # the main model first, then parts that have goldens of their own
     parameter_counts: Mapping[str, int] = field(default_factory=dict)  # config name -> what the official code has
     reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # data set -> metric -> the paper's value
     quirks: tuple[str, ...] = ()  # of the official code: reproduced or repaired
@@ -73,9 +73,10 @@ class Paper:
         return (self.loss or self.task.loss)(outputs, batch)
 
     def bridge(self, module: str | None = None) -> Official:
-        """The bridge to the official module at that path (`None`: the main model)."""
-        if module in self.official_parts:
-            return self.official_parts[module]
-        if self.official is None:
+        """The bridge to the official module of that name (`None`: the main model)."""
+        if not self.officials:
             raise UserError(f"{self.slug} has no official weights: no official code is known for it")
-        return self.official
+        for official in self.officials:
+            if module in (None, official.module):
+                return official
+        raise UserError(f"{self.slug} has no bridge to {module}{closest(module, [o.module for o in self.officials])}")

@@ -204,8 +204,14 @@ PAPER = Paper(
         **_per_horizon("exchange", {"d_model": 512}, h192={"d_model": 128}, h336={"d_model": 128}),
         "illness": Config(lookback=36, horizon=24),  # not in the paper: the usual lengths of that set
     },
-    official=Official(
-        config=config_from_official, hparams=config_to_official, table=official_table, call=official_call
+    officials=(
+        Official(
+            module="models/Ister.py:Model",
+            config=config_from_official,
+            hparams=config_to_official,
+            table=official_table,
+            call=official_call,
+        ),
     ),
     parameter_counts={"tiny": 6_760, "etth1": 1_269_248, "ettm1": 152_304, "ecl": 5_459_392},
     reported={  # averages over the four horizons, from the paper's tables

@@ -1,0 +1,94 @@
+"""Golden cases: numbers of the official code that ours must equal, values and gradients.
+
+A case is an .npz with `meta` (json), `param/*`, `input/*`, `output/*` and, where there are gradients, `cotangent/*`,
+`grad_input/*` and `grad_param/*`: the derivatives of the sum of output times cotangent.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import zoo
+from zoo.weights.convert import forwards
+
+NO_TOLERANCE_STATED = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    meta: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays under `prefix/`, by the rest of their name."""
+        return {k.removeprefix(f"{prefix}/"): v for k, v in self.arrays.items() if k.startswith(f"{prefix}/")}
+
+
+def load_case(path: Path) -> Case:
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return Case(json.loads(str(arrays.pop("meta"))), arrays)
+
+
+def find_cases(folder: Path) -> list[Path]:
+    """Every case under a folder that holds one folder per paper, or under one paper's folder."""
+    return sorted([*folder.glob("*.npz"), *folder.glob("*/*.npz")])
+
+
+def gradient_tolerance(meta: dict[str, Any]) -> tuple[float, float]:
+    """(share of the largest reference entry, absolute part) that a gradient array may be off by."""
+    stated = re.search(r"([0-9.e-]+)\s*\*\s*max\|ref\w*\|(?:\s*\+\s*([0-9.e-]+))?", meta.get("grad_tol", ""))
+    if stated:
+        return float(stated[1]), float(stated[2] or 0.0)
+    return float(meta.get("grad_rtol", meta.get("rtol", NO_TOLERANCE_STATED["rtol"]))), float(
+        meta.get("atol", NO_TOLERANCE_STATED["atol"])
+    )
+
+
+def mismatches(case: Case) -> Iterator[str]:
+    """One line for every array that is not what the official code computed."""
+    meta = case.meta
+    slug, module = meta["slug"], meta["module"]
+    bridge = zoo.paper(slug).bridge(module)
+    params, inputs, cotangents = case.group("param"), case.group("input"), case.group("cotangent")
+    model, variables = zoo.from_official(slug, meta["hparams"], params, module=module)
+
+    back = zoo.to_official(slug, model, variables, module=module)
+    for name in sorted(params.keys() | back.keys()):
+        if name not in back or name not in params or not np.array_equal(back[name], params[name]):
+            yield f"round trip: {name}"
+
+    grad_params, grad_inputs = case.group("grad_param"), case.group("grad_input")
+    table = list(bridge.table(model.config))
+
+    @jax.jit
+    def run(chosen_params, chosen_inputs):
+        outputs = bridge.call(model, forwards(table, params | chosen_params), inputs | chosen_inputs)
+        return sum(jnp.sum(outputs[k] * c) for k, c in cotangents.items()), outputs
+
+    with jax.default_matmul_precision("highest"):
+        chosen = ({k: params[k] for k in grad_params}, {k: inputs[k] for k in grad_inputs})
+        (_, outputs), gradients = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(*chosen)
+
+    rtol, atol = (float(meta.get(k, v)) for k, v in NO_TOLERANCE_STATED.items())
+    for name, expected in case.group("output").items():
+        if name not in outputs:
+            yield f"output {name}: not computed"
+        elif np.shape(outputs[name]) != expected.shape:
+            yield f"output {name}: shape {np.shape(outputs[name])} instead of {expected.shape}"
+        elif not np.allclose(outputs[name], expected, rtol=rtol, atol=atol):
+            yield f"output {name}: off by {np.max(np.abs(np.asarray(outputs[name]) - expected)):.2e}"
+
+    share, absolute = gradient_tolerance(meta)
+    for kind, ours, theirs in (("parameter", gradients[0], grad_params), ("input", gradients[1], grad_inputs)):
+        for name, expected in theirs.items():
+            error = float(np.max(np.abs(np.asarray(ours[name]) - expected), initial=0.0))
+            if not error <= share * float(np.max(np.abs(expected), initial=0.0)) + absolute:
+                yield f"gradient of {kind} {name}: off by {error:.2e} where the largest is {np.abs(expected).max():.2e}"
