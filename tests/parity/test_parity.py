@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.parity.harness import Case, find_cases, gradient_tolerance, load_case, mismatches
 
 import zoo
+from tests.parity.harness import Case, find_cases, gradient_tolerance, load_case, mismatches
 
 KEPT = Path(__file__).parent / "goldens"
 EXTRA = os.environ.get("PARITY_GOLDENS")

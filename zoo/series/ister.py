@@ -140,7 +140,9 @@ _HPARAMS = {
 
 
 def config_from_official(hparams: Mapping[str, Any]) -> Config:
-    return Config(**{ours: hparams[theirs] for theirs, ours in _HPARAMS.items() if theirs in hparams})
+    ours = {ours: hparams[theirs] for theirs, ours in _HPARAMS.items() if theirs in hparams}
+    # The official code takes every activation but "relu" for GELU.
+    return Config(**ours | {"activation": "relu" if ours.get("activation") == "relu" else "gelu"})
 
 
 def config_to_official(config: Config) -> dict[str, Any]:

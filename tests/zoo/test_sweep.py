@@ -1,0 +1,172 @@
+"""What every paper must do, run over the whole registry with each paper's tiny config."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import zoo
+from trainers.recipe import named_recipes
+from trainers.sharding import make_mesh
+from trainers.step import make_program
+from zoo.registry import variable_shapes
+
+SLUGS = [e.slug for e in zoo.papers(status="works")]
+KEY = jax.random.key(0)
+BATCH = 8
+
+pytestmark = pytest.mark.parametrize("slug", SLUGS)
+
+
+@functools.cache
+def built(slug):
+    """(paper, model, batch, variables, jitted apply) of the tiny config, compiled once for all tests."""
+    paper = zoo.paper(slug)
+    model = zoo.create(slug, "tiny")
+    batch = paper.example(model.config, batch_size=BATCH, key=KEY)
+    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
+    return paper, model, batch, {k: v for k, v in variables.items() if k != "intermediates"}, jax.jit(model.apply)
+
+
+def test_forward_is_finite_and_fits_the_targets(slug):
+    paper, _, batch, variables, apply = built(slug)
+    outputs = apply(variables, batch)
+    chex.assert_tree_all_finite(outputs)
+    loss, _ = paper.compute_loss(outputs, batch)
+    assert loss.shape == ()
+    assert np.isfinite(loss)
+
+
+def test_every_parameter_has_a_finite_gradient_that_is_not_zero(slug):
+    paper, model, batch, variables, _ = built(slug)
+    others = {k: v for k, v in variables.items() if k != "params"}
+    # Constant and zero initial values can hide a path: gradients are taken at random parameters.
+    leaves, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(KEY, len(leaves))
+    params = tree.unflatten([0.3 * jax.random.normal(k, v.shape) + v for k, v in zip(keys, leaves, strict=True)])
+
+    def loss(params):
+        outputs = model.apply(
+            {"params": params, **others}, batch, train=True, rngs={"dropout": KEY}, mutable=list(others)
+        )
+        return paper.compute_loss(outputs[0], batch)[0]
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    chex.assert_tree_all_finite(gradients)
+    dead = [jax.tree_util.keystr(p) for p, g in jax.tree_util.tree_leaves_with_path(gradients) if not np.any(g)]
+    assert not dead
+
+
+def test_jit_equals_eager(slug):
+    _, model, batch, variables, apply = built(slug)
+    with jax.disable_jit():
+        eager = model.apply(variables, batch)
+    chex.assert_trees_all_close(apply(variables, batch), eager, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_one_is_a_slice_of_the_batch(slug):
+    _, _, batch, variables, apply = built(slug)
+    whole = apply(variables, batch)
+    one = apply(variables, jax.tree.map(lambda a: a[2:3], batch))
+    chex.assert_trees_all_close(one, jax.tree.map(lambda a: a[2:3], whole), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_never_leaks(slug):
+    paper, _, batch, variables, apply = built(slug)
+    if paper.task.pad is None:
+        # A task of fixed sizes has nothing to pad: then its batches may hold no mask either.
+        assert not [name for name in batch if "mask" in name]
+        return
+    padded, unpad = paper.task.pad(batch)
+    chex.assert_trees_all_close(unpad(apply(variables, padded)), apply(variables, batch), atol=1e-5)
+
+
+def test_evaluation_ignores_the_dropout_key(slug):
+    _, _, batch, variables, apply = built(slug)
+    keys = [jax.random.key(i) for i in (1, 2)]
+    first, second = (apply(variables, batch, rngs={"dropout": key}) for key in keys)
+    chex.assert_trees_all_equal(first, second)
+
+
+def test_bfloat16_runs_and_stays_close(slug):
+    paper, model, batch, variables, apply = built(slug)
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, (variables, batch))
+    outputs = jax.jit(model.apply)(*low)
+    loss = paper.compute_loss(outputs, batch)[0]
+    assert loss == pytest.approx(float(paper.compute_loss(apply(variables, batch), batch)[0]), rel=0.05)
+
+
+def test_parameter_counts_are_the_official_ones(slug):
+    paper = zoo.paper(slug)
+    for name, expected in paper.parameter_counts.items():
+        shapes = variable_shapes(paper, paper.model(paper.configs[name]))
+        assert sum(s.size for s in jax.tree.leaves(shapes["params"])) == expected, name
+
+
+def test_every_config_builds_and_every_recipe_names_one(slug):
+    paper = zoo.paper(slug)
+    assert "tiny" in paper.configs
+    for config in paper.configs.values():
+        assert jax.tree.leaves(variable_shapes(paper, paper.model(config)))
+    recipes = named_recipes(slug)
+    assert "tiny" in recipes
+    assert recipes.keys() <= paper.configs.keys()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.npz", "orbax"])
+def test_saves_and_restores(slug, name, tmp_path):
+    _, model, _, variables, _ = built(slug)
+    zoo.save(tmp_path / name, model, variables)
+    again, restored = zoo.load(tmp_path / name)
+    assert again.config == model.config
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(variables))
+
+
+def test_also_works_as_an_nnx_module(slug):
+    _, model, batch, variables, apply = built(slug)
+    bridged = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(params=0, dropout=0)).lazy_init(batch)
+    state = nnx.state(bridged, nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == sum(
+        v.size for v in jax.tree.leaves(variables["params"])
+    )
+    chex.assert_trees_all_equal_shapes(bridged(batch), apply(variables, batch))
+    chex.assert_tree_all_finite(bridged(batch))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Rows:
+    """A split that holds its examples as the rows of arrays."""
+
+    arrays: dict
+
+    def __len__(self):
+        return BATCH
+
+    def batch(self, indices):
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
+def test_eight_devices_compute_the_step_of_one(slug):
+    paper, model, batch, _, _ = built(slug)
+
+    def three_steps(mesh_spec, devices):
+        mesh = make_mesh(mesh_spec, batch_size=BATCH, devices=devices)
+        program = make_program(
+            paper, model, optax.sgd(0.05), mesh, seed=0, batch_size=BATCH, max_steps=3, eval_batch_size=BATCH
+        )
+        order = jnp.tile(jnp.arange(BATCH, dtype=jnp.int32), 3)
+        state, history = program.run(program.init(), Rows(batch), order, 0, 3)
+        return jax.device_get(state.params), jax.device_get(history["loss"])
+
+    params, losses = three_steps("data=1", jax.devices()[:1])
+    sharded_params, sharded_losses = three_steps("data=2,fsdp=2,tensor=2", jax.devices()[:8])
+    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(sharded_params, params, atol=1e-4)
+    assert losses[2] != losses[0]
