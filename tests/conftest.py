@@ -10,4 +10,4 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook(["layers", "zoo"], "beartype.beartype")
+install_import_hook(["layers", "zoo", "trainers.data"], "beartype.beartype")

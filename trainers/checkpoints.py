@@ -39,7 +39,10 @@ class RunCheckpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True, create=True
+                preservation_policy=AnyPreservationPolicy(policies),
+                best_fn=score,  # the policy decides; this makes Orbax store the metric and read it back on resuming
+                enable_async_checkpointing=True,
+                create=True,
             ),
         )
 

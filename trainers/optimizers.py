@@ -30,8 +30,8 @@ def learning_rate(o: Optimizer, *, total_steps: int, steps_per_epoch: int) -> op
 def make_optimizer(o: Optimizer, *, total_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
     rate = learning_rate(o, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     update = {
-        "adam": lambda: optax.adam(rate, b1=o.b1, b2=o.b2),
-        "adamw": lambda: optax.adamw(rate, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay),
+        "adam": lambda: optax.adam(rate, b1=o.b1, b2=o.b2, eps=o.epsilon),
+        "adamw": lambda: optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.epsilon, weight_decay=o.weight_decay),
         "sgd": lambda: optax.sgd(rate, momentum=o.b1 or None),
         "lion": lambda: optax.lion(rate, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay),
         "adafactor": lambda: optax.adafactor(rate),

@@ -33,6 +33,8 @@ class Optimizer:
     """Decay of the first moment (momentum, for sgd)."""
     b2: float = 0.999
     """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment (adam, adamw)."""
     weight_decay: float = 0.0
     """Decoupled weight decay (adamw, lion)."""
     clip_norm: float | None = None

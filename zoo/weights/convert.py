@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -37,7 +38,7 @@ def from_official(
         official_shapes(record, bridge, model),
         what=f"the official weights of {slug}",
     )
-    return model, forwards(bridge.table(config), state_dict)
+    return model, jax.tree.map(jnp.asarray, forwards(bridge.table(config), state_dict))
 
 
 def to_official(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -75,7 +77,7 @@ def load(source: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         {k: s.shape for k, s in shapes.items()},
         what=f"the weights in {path}",
     )
-    return model, unflatten_dict(tensors, sep="/")
+    return model, jax.tree.map(jnp.asarray, unflatten_dict(tensors, sep="/"))
 
 
 def _model_from(metadata: Mapping[str, str], path: epath.Path) -> nn.Module:
