@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,17 +70,22 @@ def prepare(recipe: Recipe) -> Run:
         )
     total_steps = recipe.steps or recipe.epochs * steps_per_epoch
     model = paper.model(recipe.model)
-    program = make_program(
-        paper,
-        model,
-        make_optimizer(recipe.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch),
-        mesh,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-        max_steps=recipe.log_every,
-        eval_batch_size=recipe.evaluation.batch_size,
-        precision=recipe.precision,
-    )
+    try:
+        program = make_program(
+            paper,
+            model,
+            make_optimizer(recipe.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch),
+            mesh,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            max_steps=recipe.log_every,
+            eval_batch_size=recipe.evaluation.batch_size,
+            precision=recipe.precision,
+        )
+    except (ValueError, TypeError, flax.errors.FlaxError) as error:  # the model is traced here, with these sizes
+        raise UserError(
+            f"this configuration of {paper.slug} does not make a model: {str(error).splitlines()[0]}"
+        ) from error
     on_device = jax.device_put((splits.train, splits.valid, splits.test), replicated(mesh))
     splits = dataclasses.replace(splits, **dict(zip(("train", "valid", "test"), on_device, strict=True)))
     every = recipe.evaluation.every or steps_per_epoch

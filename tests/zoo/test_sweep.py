@@ -1,6 +1,5 @@
 """What every paper must do, run over the whole registry with each paper's tiny config."""
 
-import dataclasses
 import functools
 
 import chex
@@ -12,6 +11,7 @@ import pytest
 from flax import nnx
 
 import zoo
+from tests.splits import Rows
 from trainers.recipe import named_recipes
 from trainers.sharding import make_mesh
 from trainers.step import make_program
@@ -137,20 +137,6 @@ def test_also_works_as_an_nnx_module(slug):
     )
     chex.assert_trees_all_equal_shapes(bridged(batch), apply(variables, batch))
     chex.assert_tree_all_finite(bridged(batch))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Rows:
-    """A split that holds its examples as the rows of arrays."""
-
-    arrays: dict
-
-    def __len__(self):
-        return BATCH
-
-    def batch(self, indices):
-        return {name: array[indices] for name, array in self.arrays.items()}
 
 
 def test_eight_devices_compute_the_step_of_one(slug):
