@@ -25,8 +25,8 @@ def dropout_mask(
 
     s0 (odd) and s1 are words drawn from `key`, mix is a 32-bit finaliser. A counter hashed once per element costs a
     dozen integer operations, where the generators behind `jax.random.bernoulli` cost about ten times more on CPU; being
-    a function of the position alone it gives the same mask on any mesh. Meant for dropout, not for sampling. Source:
-    ours.
+    a function of the position alone it gives the same mask on any mesh. Meant for dropout, not for sampling.
+    Source: ours.
     """
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"dropout_mask: rate {rate} is not a probability between 0 and 1")

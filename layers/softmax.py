@@ -104,7 +104,7 @@ def attend(
     """o_q = sum_k w_qk v_k with w = normalise(scores + bias, mask): the attention core from any scores.
 
     For papers whose score is not a dot product. K value heads serve H query heads when K divides H. Computed in
-    float32; the output has the values' dtype.
+    float32; the output has the values' dtype. Source: arXiv:1706.03762, equation 1, without its score.
     """
     _, heads, query_length, key_length = scores.shape
     wide = scores.astype(jnp.float32)

@@ -19,7 +19,7 @@ def learning_rate(o: Optimizer, *, total_steps: int, steps_per_epoch: int) -> op
             "constant": 1.0,
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(after / max(total_steps - o.warmup_steps, 1), 1.0))),
             "cosine_per_epoch": 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(epoch / total_epochs, 1.0))),
-            "halve_per_epoch": 0.5**epoch,
+            "halve_per_epoch": 0.5 ** jnp.maximum(epoch - 1, 0),
         }[o.schedule]
         warmup = jnp.minimum((step + 1) / max(o.warmup_steps, 1), 1.0) if o.warmup_steps else 1.0
         return o.learning_rate * warmup * factor

@@ -26,7 +26,7 @@ class Optimizer:
     learning_rate: float = 1e-3
     """The peak of the schedule."""
     schedule: Literal["constant", "cosine", "cosine_per_epoch", "halve_per_epoch"] = "cosine"
-    """cosine: to zero over the run, every step; cosine_per_epoch: the same, one value an epoch; halve_per_epoch."""
+    """cosine: to zero over the run; cosine_per_epoch: one value an epoch; halve_per_epoch: from the third epoch on."""
     warmup_steps: int = 0
     """Steps of linear warm-up from zero, before the schedule begins."""
     b1: float = 0.9
