@@ -87,8 +87,13 @@ def mismatches(case: Case) -> Iterator[str]:
             yield f"output {name}: off by {np.max(np.abs(np.asarray(outputs[name]) - expected)):.2e}"
 
     share, absolute = gradient_tolerance(meta)
+    largest = max((np.max(np.abs(v), initial=0.0) for v in (*grad_params.values(), *grad_inputs.values())), default=0.0)
     for kind, ours, theirs in (("parameter", gradients[0], grad_params), ("input", gradients[1], grad_inputs)):
         for name, expected in theirs.items():
             error = float(np.max(np.abs(np.asarray(ours[name]) - expected), initial=0.0))
-            if not error <= share * float(np.max(np.abs(expected), initial=0.0)) + absolute:
+            scale = float(np.max(np.abs(expected), initial=0.0))
+            # A gradient that is zero by the mathematics (a bias inside a softmax) is float64 rounding in the golden and
+            # float32 rounding in ours: both are measured against the other gradients of the case.
+            vanishes = scale < 1e-12 * largest
+            if not error <= (1e-6 * largest if vanishes else share * scale + absolute):
                 yield f"gradient of {kind} {name}: off by {error:.2e} where the largest is {np.abs(expected).max():.2e}"
