@@ -1,5 +1,5 @@
 """Flax modules that several papers use."""
 
-from zoo.blocks.basic import Dropout, Linear, activation_function
+from zoo.blocks.basic import ActivationDropout, Dropout, Linear
 
-__all__ = ["Dropout", "Linear", "activation_function"]
+__all__ = ["ActivationDropout", "Dropout", "Linear"]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 import layers
 
-__all__ = ["Dropout", "Linear", "activation_function", "torch_uniform"]
+__all__ = ["ActivationDropout", "Dropout", "Linear", "activation_function", "torch_uniform"]
 
 _ACTIVATIONS: dict[str, Callable] = {
     "gelu": layers.gelu,
@@ -87,3 +87,20 @@ class Dropout(nn.Module):
         if not train or self.rate == 0.0:
             return x
         return layers.dropout(x, self.make_rng("dropout"), rate=self.rate)
+
+
+class ActivationDropout(nn.Module):
+    """drop(activation(x)), computed again in the backward pass instead of kept: the widest arrays of a transformer
+    are cheaper to make twice than to write to memory and read back."""
+
+    activation: str
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape"], *, train: bool) -> Float[Array, "*shape"]:
+        function = activation_function(self.activation)
+        if not train or self.rate == 0.0:
+            return jax.checkpoint(function)(x)
+        return jax.checkpoint(lambda x, key: layers.dropout(function(x), key, rate=self.rate))(
+            x, self.make_rng("dropout")
+        )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import layers
-from zoo.blocks import Dropout, Linear, activation_function
+from zoo.blocks import ActivationDropout, Dropout, Linear
 from zoo.paper import Official, Paper
 from zoo.tasks import forecasting
 from zoo.tasks.task import Batch
@@ -68,8 +68,8 @@ class EncoderLayer(nn.Module):
         mixed = DotAttentionBlock(c.dropout_rate, name="attention")(x, train=train)
         x = (x + Dropout(c.dropout_rate)(mixed, train=train))[:, : self.keep]
         x = nn.LayerNorm(epsilon=c.layer_norm_epsilon, name="norm1")(x)
-        hidden = activation_function(c.activation)(Linear(c.d_ff, name="ffn_in")(x))
-        hidden = Linear(c.d_model, name="ffn_out")(Dropout(c.dropout_rate)(hidden, train=train))
+        hidden = ActivationDropout(c.activation, c.dropout_rate)(Linear(c.d_ff, name="ffn_in")(x), train=train)
+        hidden = Linear(c.d_model, name="ffn_out")(hidden)
         x = x + Dropout(c.dropout_rate)(hidden, train=train)
         return nn.LayerNorm(epsilon=c.layer_norm_epsilon, name="norm2")(x)
 
