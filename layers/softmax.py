@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from layers.blocked import blocked_attention
 from layers.masks import CausalMask, FullMask, Mask, SegmentMask, ShiftedMask, as_mask
 
 __all__ = [
@@ -213,6 +214,7 @@ def attend(
 _SERVES = {
     "reference": {"soft_cap", "score_fn", "normalizer", "softmax_axis", "sinks", "return_weights"},
     "xla": {"soft_cap", "score_fn", "normalizer", "softmax_axis", "sinks", "return_weights"},
+    "blocked": {"soft_cap", "sinks"},
     "cudnn": set(),
     "flash_tpu": set(),
 }
@@ -271,14 +273,19 @@ def dot_product_attention(
     }
     asked = {name for name, is_asked in asked.items() if is_asked}
     if implementation is None:
-        fits_cudnn = jax.default_backend() == "gpu" and not asked and _cudnn_obstacle(query, value) is None
-        implementation = "cudnn" if fits_cudnn else "xla"
+        return _best(query, key, value, asked, partial(
+            dot_product_attention, bias=bias, mask=mask, scale=scale, soft_cap=soft_cap, score_fn=score_fn,
+            normalizer=normalizer, softmax_axis=softmax_axis, sinks=sinks, return_weights=return_weights,
+        ))  # fmt: skip
     if implementation not in _SERVES:
         raise ValueError(f"dot_product_attention: implementation {implementation!r} is not one of {', '.join(_SERVES)}")
     if missing := asked - _SERVES[implementation]:
         raise ValueError(
             f"dot_product_attention: implementation {implementation!r} does not support {', '.join(sorted(missing))}"
         )
+    if implementation == "blocked":
+        bias = None if bias is None else _four_axes(bias)
+        return blocked_attention(query, key, value, bias, mask, sinks, scale, soft_cap)
     if implementation == "cudnn":
         return _cudnn(query, key, value, bias, mask, scale)
     if implementation == "flash_tpu":
@@ -301,6 +308,30 @@ def dot_product_attention(
     )  # fmt: skip
     output = output.astype(value_dtype)
     return (output, weights) if return_weights else output
+
+
+# Below this many queries times keys (per head), one product over all heads is faster on CPU than a loop over heads.
+_CPU_DENSE_SCORES = 128 * 128
+# Above this many scores in all (1 GiB in float32), other platforms too do without the table of scores.
+_DENSE_SCORES = 1 << 28
+
+
+def _best(query, key, value, asked: set[str], attention: Callable) -> Array:
+    """`attention` by the implementation that suits the platform it is compiled for, which need not be this machine."""
+    if asked - _SERVES["blocked"]:
+        return attention(query, key, value, implementation="xla")
+    scores_per_head = query.shape[1] * key.shape[1]
+    large = query.shape[0] * query.shape[2] * scores_per_head > _DENSE_SCORES
+    on_cpu = "blocked" if large or scores_per_head > _CPU_DENSE_SCORES else "xla"
+    elsewhere = "blocked" if large else "xla"
+    if jax.default_backend() == "gpu" and not asked and _cudnn_obstacle(query, value) is None:
+        elsewhere = "cudnn"
+    if on_cpu == elsewhere:
+        return attention(query, key, value, implementation=on_cpu)
+    return jax.lax.platform_dependent(
+        query, key, value,
+        cpu=partial(attention, implementation=on_cpu), default=partial(attention, implementation=elsewhere),
+    )  # fmt: skip
 
 
 def _four_axes(x: Array) -> Float[Array, "b h q k"]:
