@@ -23,7 +23,9 @@ from layers.masks import (
     Mask,
     PrefixMask,
     SegmentMask,
+    ShiftedMask,
     WindowMask,
+    as_mask,
 )
 from layers.series import (
     InstanceStatistics,
@@ -34,9 +36,15 @@ from layers.series import (
     series_decomposition,
 )
 from layers.softmax import (
+    KeyValueCache,
     attend,
+    concatenate_streams,
+    decode_step,
     dot_product_attention,
+    empty_cache,
+    extend_cache,
     masked_normalize,
+    normalize_heads,
 )
 
 __all__ = [
@@ -46,21 +54,29 @@ __all__ = [
     "FullMask",
     "InstanceStatistics",
     "KeyMask",
+    "KeyValueCache",
     "LengthMask",
     "Mask",
     "PrefixMask",
     "SeasonalTrend",
     "SegmentMask",
+    "ShiftedMask",
     "WindowMask",
+    "as_mask",
     "attend",
+    "concatenate_streams",
+    "decode_step",
     "dot_attention",
     "dot_product_attention",
     "dropout",
     "dropout_mask",
+    "empty_cache",
+    "extend_cache",
     "gelu",
     "instance_denormalize",
     "instance_normalize",
     "masked_normalize",
     "moving_average",
+    "normalize_heads",
     "series_decomposition",
 ]

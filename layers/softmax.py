@@ -3,16 +3,28 @@
 Projections stay outside. A paper that changes one step writes that step and leaves the rest to this module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from layers.masks import DenseMask, Mask
+from layers.blocked import blocked_attention
+from layers.masks import CausalMask, FullMask, Mask, SegmentMask, ShiftedMask, as_mask
 
-__all__ = ["attend", "dot_product_attention", "masked_normalize"]
+__all__ = [
+    "KeyValueCache",
+    "attend",
+    "concatenate_streams",
+    "decode_step",
+    "dot_product_attention",
+    "empty_cache",
+    "extend_cache",
+    "masked_normalize",
+    "normalize_heads",
+]
 
 Scores = Float[Array, "B H Lq Lk"]
 Allowed = Bool[Array, "b h Lq Lk"]
@@ -21,8 +33,17 @@ Normalizer = Callable[[Scores, Allowed, int], Scores]
 _AXES = {"keys": -1, "queries": -2, "heads": -3}
 
 
-def _softmax(scores: Scores, allowed: Allowed, axis: int) -> Scores:
-    return jnp.where(allowed, jax.nn.softmax(scores, axis=axis, where=allowed), 0.0)
+def _softmax(scores: Scores, allowed: Allowed, axis: int, sinks: Float[Array, " H"] | None = None) -> Scores:
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=axis, keepdims=True))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    if sinks is not None:
+        top = jnp.maximum(top, jax.lax.stop_gradient(sinks)[:, None, None])
+    exponentials = jnp.exp(scores - top)
+    total = jnp.sum(exponentials, axis=axis, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks[:, None, None] - top)
+    return exponentials / jnp.where(total > 0, total, 1.0)
 
 
 def _sigmoid(scores: Scores, allowed: Allowed, axis: int) -> Scores:
@@ -45,20 +66,52 @@ def _hardmax(scores: Scores, allowed: Allowed, axis: int) -> Scores:
 
 def _signed_l1(scores: Scores, allowed: Allowed, axis: int) -> Scores:
     kept = jnp.where(allowed, scores, 0.0)
-    return kept / jnp.maximum(jnp.sum(jnp.abs(kept), axis=axis, keepdims=True), 1e-9)
+    return kept / (jnp.sum(jnp.abs(kept), axis=axis, keepdims=True) + 1e-8)
+
+
+def _descending(scores: Scores, axis: int) -> Scores:
+    return jnp.moveaxis(jnp.flip(jnp.sort(scores, axis=axis), axis=axis), axis, -1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _simplex_power(scores: Scores, power: int, axis: int) -> Scores:
+    """max(scores - tau, 0)^power with the tau at which the sum over `axis` is 1; -inf scores get 0.
+
+    tau solves a polynomial equation on the r largest scores, for the largest r at which they all lie above it.
+    """
+    ordered = _descending(scores, axis)
+    finite = jnp.isfinite(ordered)
+    # Relative to the largest score, so that the sums of squares lose no digits.
+    top = jnp.where(finite[..., :1], ordered[..., :1], 0.0)
+    ordered = jnp.where(finite, ordered - top, 0.0)
+    rank = jnp.arange(1, ordered.shape[-1] + 1)
+    mean = jnp.cumsum(ordered, axis=-1) / rank
+    if power == 1:
+        taus = mean - 1 / rank
+    else:
+        spread = jnp.cumsum(jnp.square(ordered), axis=-1) / rank - jnp.square(mean)
+        taus = mean - jnp.sqrt(jnp.maximum(1 / rank - spread, 0.0))
+    count = jnp.sum(finite & (ordered >= taus), axis=-1, keepdims=True)
+    tau = jnp.take_along_axis(taus, jnp.maximum(count - 1, 0), axis=-1) + top
+    return jax.nn.relu(scores - jnp.moveaxis(tau, -1, axis)) ** power
+
+
+@_simplex_power.defjvp
+def _simplex_power_jvp(power, axis, primals, tangents):
+    weights = _simplex_power(primals[0], power, axis)
+    positive = weights > 0
+    slope = jnp.where(positive, 1.0 if power == 1 else 2 * jnp.sqrt(jnp.where(positive, weights, 1.0)), 0.0)
+    change = slope * tangents[0]
+    share = slope / jnp.maximum(jnp.sum(slope, axis=axis, keepdims=True), 1e-30)
+    return weights, change - share * jnp.sum(change, axis=axis, keepdims=True)
 
 
 def _sparsemax(scores: Scores, allowed: Allowed, axis: int) -> Scores:
-    # Euclidean projection onto the simplex: subtract the threshold at which the positive parts sum to one.
-    ordered = jnp.flip(jnp.sort(jnp.where(allowed, scores, -jnp.inf), axis=axis), axis=axis)
-    ordered = jnp.moveaxis(ordered, axis, -1)
-    rank = jnp.arange(1, ordered.shape[-1] + 1)
-    running = jnp.cumsum(jnp.where(jnp.isfinite(ordered), ordered, 0.0), axis=-1)
-    inside = jnp.isfinite(ordered) & (1 + rank * jnp.where(jnp.isfinite(ordered), ordered, 0.0) > running)
-    count = jnp.sum(inside, axis=-1, keepdims=True)
-    total = jnp.sum(jnp.where(inside, ordered, 0.0), axis=-1, keepdims=True)
-    threshold = jnp.moveaxis((total - 1) / jnp.maximum(count, 1), -1, axis)
-    return jnp.where(allowed, jax.nn.relu(scores - threshold), 0.0)
+    return jnp.where(allowed, _simplex_power(jnp.where(allowed, scores, -jnp.inf), 1, axis), 0.0)
+
+
+def _entmax15(scores: Scores, allowed: Allowed, axis: int) -> Scores:
+    return jnp.where(allowed, _simplex_power(jnp.where(allowed, scores / 2, -jnp.inf), 2, axis), 0.0)
 
 
 NORMALIZERS: dict[str, Normalizer] = {
@@ -68,29 +121,58 @@ NORMALIZERS: dict[str, Normalizer] = {
     "linear": _linear,
     "hardmax": _hardmax,
     "sparsemax": _sparsemax,
+    "entmax15": _entmax15,
     "signed_l1": _signed_l1,
 }
 
 
 def masked_normalize(
-    scores: Scores, allowed: Allowed, *, normalizer: str | Normalizer = "softmax", axis: str = "keys"
+    scores: Scores, allowed: Allowed, *, normalizer: str | Normalizer = "softmax", softmax_axis: str = "keys"
 ) -> Scores:
-    """Weights from scores: softmax | sigmoid | relu | linear | hardmax | sparsemax | signed_l1 | a function.
+    """Weights from scores: softmax | sigmoid | relu | linear | hardmax | sparsemax | entmax15 | signed_l1 | a function.
 
-    `axis` is what the weights sum over: "keys" (the usual), "queries" or "heads". Forbidden pairs get weight 0; a row
-    without any allowed pair gets zeros, with zero gradient. A function takes (scores, allowed, axis). Source: softmax
-    and its kin as listed in the module; sparsemax arXiv:1602.02068; hardmax arXiv:2407.01602.
+    `softmax_axis` is what the weights sum over: "keys" (the usual), "queries" or "heads". Forbidden pairs get weight 0;
+    a row without any allowed pair gets zeros, with zero gradient. A function takes (scores, allowed, axis) with axis
+    -1, -2 or -3. hardmax shares its unit among ties and has zero gradient; signed_l1 is s / (sum |s| + 1e-8); sigmoid,
+    relu and linear do not sum. O(n log n) for sparsemax and entmax15, O(n) otherwise. Source: sparsemax
+    arXiv:1602.02068, entmax arXiv:1905.05702, hardmax card hardmax_clustering, signed_l1 card xctformer.
     """
-    if axis not in _AXES:
-        raise ValueError(f"masked_normalize: axis {axis!r} is not one of {', '.join(_AXES)}")
+    if softmax_axis not in _AXES:
+        raise ValueError(f"masked_normalize: softmax_axis {softmax_axis!r} is not one of {', '.join(_AXES)}")
     if isinstance(normalizer, str):
         if normalizer not in NORMALIZERS:
             raise ValueError(f"masked_normalize: normalizer {normalizer!r} is not one of {', '.join(NORMALIZERS)}")
         normalizer = NORMALIZERS[normalizer]
-    return normalizer(scores, allowed, _AXES[axis])
+    return normalizer(scores, allowed, _AXES[softmax_axis])
 
 
-@partial(jax.jit, static_argnames=("normalizer", "axis", "return_weights"))
+@partial(jax.jit, static_argnames=("kind", "epsilon"))
+def normalize_heads(
+    x: Float[Array, "B L H D"],
+    *,
+    scale: Float[Array, "*broadcastable"] | None = None,
+    kind: str = "rms",
+    epsilon: float = 1e-6,
+) -> Float[Array, "B L H D"]:
+    """Query-key norm of every head: x / sqrt(mean x^2 + epsilon) ("rms") or x / max(|x|, epsilon) ("l2"), times scale.
+
+    Call it on queries and keys before rotary embedding and `dot_product_attention` (whose own `scale` should be 1, or
+    a temperature, after "l2"). The learned `scale` broadcasts to (B, L, H, D): (D,) shared by the heads, (H, D), or
+    (H, 1) for one temperature a head. Computed in float32. Source: arXiv:2302.05442, arXiv:2010.04245.
+    """
+    wide = x.astype(jnp.float32)
+    square = jnp.square(wide)
+    if kind == "rms":
+        inverse = jax.lax.rsqrt(jnp.mean(square, axis=-1, keepdims=True) + epsilon)
+    elif kind == "l2":
+        inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(square, axis=-1, keepdims=True), epsilon**2))
+    else:
+        raise ValueError(f"normalize_heads: kind {kind!r} is not one of rms, l2")
+    normal = wide * inverse
+    return (normal if scale is None else normal * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+@partial(jax.jit, static_argnames=("normalizer", "softmax_axis", "return_weights"))
 def attend(
     scores: Scores,
     value: Float[Array, "B Lk K Dv"],
@@ -98,33 +180,49 @@ def attend(
     bias: Float[Array, "*broadcastable"] | None = None,
     mask: Mask | Bool[Array, "*broadcastable"] | None = None,
     normalizer: str | Normalizer = "softmax",
-    axis: str = "keys",
+    softmax_axis: str = "keys",
+    sinks: Float[Array, " H"] | None = None,
     return_weights: bool = False,
 ) -> Float[Array, "B Lq H Dv"] | tuple[Float[Array, "B Lq H Dv"], Scores]:
     """o_q = sum_k w_qk v_k with w = normalise(scores + bias, mask): the attention core from any scores.
 
-    For papers whose score is not a dot product. K value heads serve H query heads when K divides H. Computed in
-    float32; the output has the values' dtype. Source: arXiv:1706.03762, equation 1, without its score.
+    For papers whose score is not a dot product. The options are those of `dot_product_attention`. K value heads serve
+    H query heads when K divides H. The weights are float32; the sum is accumulated in float32 and has the values'
+    dtype. O(Lq Lk) time and memory. Source: arXiv:1706.03762, equation 1, without its score.
     """
-    _, heads, query_length, key_length = scores.shape
+    batch, heads, query_length, key_length = scores.shape
     wide = scores.astype(jnp.float32)
     if bias is not None:
         wide = wide + bias.astype(jnp.float32)
-    if mask is None:
-        allowed = jnp.ones((1, 1, query_length, key_length), bool)
+    mask = FullMask() if mask is None else as_mask(mask)
+    allowed = mask.materialize(query_length, key_length)
+    if sinks is None:
+        weights = masked_normalize(wide, allowed, normalizer=normalizer, softmax_axis=softmax_axis)
+    elif normalizer == "softmax" and softmax_axis == "keys":
+        weights = _softmax(wide, allowed, -1, sinks.astype(jnp.float32))
     else:
-        symbolic = mask if isinstance(mask, Mask) else DenseMask(mask)
-        allowed = symbolic.materialize(query_length, key_length)
-    weights = masked_normalize(wide, allowed, normalizer=normalizer, axis=axis)
-    grouped = weights.reshape(weights.shape[0], value.shape[2], heads // value.shape[2], query_length, key_length)
-    output = jnp.einsum("bkgqs,bskd->bqkgd", grouped, value.astype(jnp.float32))
-    output = output.reshape(*output.shape[:2], heads, value.shape[-1]).astype(value.dtype)
+        raise ValueError(
+            f"attend: sinks belong to a softmax over the keys, not to normalizer {normalizer!r} over {softmax_axis}"
+        )
+    grouped = weights.reshape(batch, value.shape[2], heads // value.shape[2], query_length, key_length)
+    output = jnp.einsum("bkgqs,bskd->bqkgd", grouped.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    output = output.reshape(batch, query_length, heads, value.shape[-1]).astype(value.dtype)
     return (output, weights) if return_weights else output
+
+
+# What each implementation can do beside masks, biases, scales and grouped heads.
+_SERVES = {
+    "reference": {"soft_cap", "score_fn", "normalizer", "softmax_axis", "sinks", "return_weights"},
+    "xla": {"soft_cap", "score_fn", "normalizer", "softmax_axis", "sinks", "return_weights"},
+    "blocked": {"soft_cap", "sinks"},
+    "cudnn": set(),
+    "flash_tpu": set(),
+}
 
 
 @partial(
     jax.jit,
-    static_argnames=("scale", "soft_cap", "score_fn", "normalizer", "axis", "return_weights", "implementation"),
+    static_argnames=("scale", "soft_cap", "score_fn", "normalizer", "softmax_axis", "return_weights", "implementation"),
 )
 def dot_product_attention(
     query: Float[Array, "B Lq H D"],
@@ -137,7 +235,8 @@ def dot_product_attention(
     soft_cap: float | None = None,
     score_fn: Callable[[Scores], Scores] | None = None,
     normalizer: str | Normalizer = "softmax",
-    axis: str = "keys",
+    softmax_axis: str = "keys",
+    sinks: Float[Array, " H"] | None = None,
     return_weights: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B Lq H Dv"] | tuple[Float[Array, "B Lq H Dv"], Scores]:
@@ -145,13 +244,17 @@ def dot_product_attention(
 
     H query heads share K key-value heads when K divides H (grouped-query; K = 1 is multi-query). `scale` defaults to
     1/sqrt(D). The score then passes through `soft_cap` (c tanh(s / c)) and `score_fn`; `bias` broadcasts to
-    (B, H, Lq, Lk) and comes after them; `mask` is a `layers.Mask` or such an array of booleans. `normalizer` and `axis`
-    are those of `masked_normalize`. A query that may see no key gets 0, with zero gradient. `return_weights` also gives
-    the weights. Scores and weights are float32, the output has the values' dtype.
+    (B, H, Lq, Lk) and comes after them; `mask` is a `layers.Mask` or such an array of booleans. `normalizer` and
+    `softmax_axis` are those of `masked_normalize`. `sinks` adds exp(sink_h) to the softmax's denominator. A query that
+    may see no key gets 0, with zero gradient. `return_weights` also gives the weights, in float32. Scores and softmax
+    are float32, the output has the values' dtype. `score_fn` and a `normalizer` function are compiled in: pass the same
+    object again, not a new lambda.
 
-    `implementation`: None picks by platform and request and always works; "reference" is the plain text of the
-    equation; "xla" is `jax.nn.dot_product_attention` on any platform; "cudnn" the fused kernel on NVIDIA GPUs (float16
-    and bfloat16). A named one that cannot serve the request raises ValueError. Source: arXiv:1706.03762.
+    `implementation`: None picks by platform and request and always works. "reference" is the plain text of the
+    equation in float32; "xla" the same for any platform with the products in the inputs' dtype, O(Lq Lk) memory.
+    "cudnn" is the fused kernel on NVIDIA GPUs (float16 and bfloat16), "flash_tpu" the Pallas kernel on TPUs (no
+    grouped heads, lengths in multiples of 128, not inside a sharded jit); they take masks and biases. A named one that
+    cannot serve the request raises ValueError. Source: arXiv:1706.03762; sinks arXiv:2508.10925.
     """
     heads, key_heads = query.shape[2], key.shape[2]
     if heads % key_heads:
@@ -159,52 +262,232 @@ def dot_product_attention(
             f"dot_product_attention: num query heads {heads} is not a multiple of num key heads {key_heads}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    obstacle = _obstacle_to_fusing(soft_cap, score_fn, normalizer, axis, return_weights, query, value)
+    mask = as_mask(mask)
+    asked = {
+        "soft_cap": soft_cap is not None,
+        "score_fn": score_fn is not None,
+        "normalizer": normalizer != "softmax",
+        "softmax_axis": softmax_axis != "keys",
+        "sinks": sinks is not None,
+        "return_weights": return_weights,
+    }
+    asked = {name for name, is_asked in asked.items() if is_asked}
     if implementation is None:
-        fits = jax.default_backend() == "gpu" and query.dtype in (jnp.float16, jnp.bfloat16)
-        implementation = "cudnn" if fits and not obstacle else "reference"
-    if implementation in ("xla", "cudnn"):
-        if obstacle:
-            raise ValueError(f"dot_product_attention: implementation {implementation!r} does not support {obstacle}")
-        return _jax_attention(query, key, value, bias, mask, scale, implementation)
-    if implementation != "reference":
+        return _best(query, key, value, asked, partial(
+            dot_product_attention, bias=bias, mask=mask, scale=scale, soft_cap=soft_cap, score_fn=score_fn,
+            normalizer=normalizer, softmax_axis=softmax_axis, sinks=sinks, return_weights=return_weights,
+        ))  # fmt: skip
+    if implementation not in _SERVES:
+        raise ValueError(f"dot_product_attention: implementation {implementation!r} is not one of {', '.join(_SERVES)}")
+    if missing := asked - _SERVES[implementation]:
         raise ValueError(
-            f"dot_product_attention: implementation {implementation!r} is not one of reference, xla, cudnn"
+            f"dot_product_attention: implementation {implementation!r} does not support {', '.join(sorted(missing))}"
         )
+    if implementation == "blocked":
+        bias = None if bias is None else _four_axes(bias)
+        return blocked_attention(query, key, value, bias, mask, sinks, scale, soft_cap)
+    if implementation == "cudnn":
+        return _cudnn(query, key, value, bias, mask, scale)
+    if implementation == "flash_tpu":
+        return _flash_tpu(query, key, value, bias, mask, scale)
 
-    wide_query = query.astype(jnp.float32).reshape(*query.shape[:2], key_heads, heads // key_heads, query.shape[-1])
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", wide_query * scale, key.astype(jnp.float32))
+    value_dtype = value.dtype
+    if implementation == "reference":
+        query = query.astype(jnp.float32)
+        key, value = (jnp.repeat(x.astype(jnp.float32), heads // key_heads, axis=2) for x in (key, value))
+    grouped = query.reshape(*query.shape[:2], key.shape[2], heads // key.shape[2], query.shape[-1])
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
     scores = scores.reshape(scores.shape[0], heads, *scores.shape[-2:])
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     if score_fn is not None:
         scores = score_fn(scores)
-    return attend(scores, value, bias=bias, mask=mask, normalizer=normalizer, axis=axis, return_weights=return_weights)
+    output, weights = attend(
+        scores, value, bias=bias, mask=mask, normalizer=normalizer, softmax_axis=softmax_axis, sinks=sinks,
+        return_weights=True,
+    )  # fmt: skip
+    output = output.astype(value_dtype)
+    return (output, weights) if return_weights else output
 
 
-def _obstacle_to_fusing(soft_cap, score_fn, normalizer, axis, return_weights, query, value) -> str | None:
-    """What a fused softmax kernel cannot do of this request, or None."""
-    if normalizer != "softmax" or axis != "keys":
-        return f"normalizer {normalizer!r} over {axis}"
-    if soft_cap is not None or score_fn is not None:
-        return "soft_cap and score_fn"
-    if return_weights:
-        return "return_weights"
+# Below this many queries times keys (per head), one product over all heads is faster on CPU than a loop over heads.
+_CPU_DENSE_SCORES = 128 * 128
+# Above this many scores in all (1 GiB in float32), other platforms too do without the table of scores.
+_DENSE_SCORES = 1 << 28
+
+
+def _best(query, key, value, asked: set[str], attention: Callable):
+    """`attention` by the implementation that suits the platform it is compiled for, which need not be this machine."""
+    if asked - _SERVES["blocked"]:
+        return attention(query, key, value, implementation="xla")
+    scores_per_head = query.shape[1] * key.shape[1]
+    large = query.shape[0] * query.shape[2] * scores_per_head > _DENSE_SCORES
+    on_cpu = "blocked" if large or scores_per_head > _CPU_DENSE_SCORES else "xla"
+    elsewhere = "blocked" if large else "xla"
+    if jax.default_backend() == "gpu" and not asked and _cudnn_obstacle(query, value) is None:
+        elsewhere = "cudnn"
+    if on_cpu == elsewhere:
+        return attention(query, key, value, implementation=on_cpu)
+    return jax.lax.platform_dependent(
+        query, key, value,
+        cpu=partial(attention, implementation=on_cpu), default=partial(attention, implementation=elsewhere),
+    )  # fmt: skip
+
+
+def _four_axes(x: Array) -> Float[Array, "b h q k"]:
+    return jnp.reshape(x, (1,) * (4 - x.ndim) + x.shape)
+
+
+def _cudnn_obstacle(query, value) -> str | None:
+    """Why the cuDNN kernel cannot take these arrays, or None."""
+    if query.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"dtype {query.dtype}, only float16 and bfloat16"
     if query.shape[-1] != value.shape[-1]:
         return f"value heads of another width ({value.shape[-1]}) than query heads ({query.shape[-1]})"
+    if query.shape[-1] % 8 or query.shape[-1] > 128:
+        return f"head width {query.shape[-1]}, only multiples of 8 up to 128"
     return None
 
 
-def _jax_attention(query, key, value, bias, mask, scale: float, implementation: str) -> Float[Array, "B Lq H Dv"]:
-    allowed = None
-    if mask is not None:
-        symbolic = mask if isinstance(mask, Mask) else DenseMask(mask)
-        allowed = symbolic.materialize(query.shape[1], key.shape[1])
-    if bias is not None:
-        bias = jnp.reshape(bias, (1,) * (4 - bias.ndim) + bias.shape).astype(query.dtype)
-    output = jax.nn.dot_product_attention(query, key, value, bias, allowed, scale=scale, implementation=implementation)
-    if allowed is None:
-        return output
-    # jax.nn averages the values where nothing is allowed.
+def _cudnn(query, key, value, bias, mask, scale: float) -> Float[Array, "B Lq H Dv"]:
+    obstacle = _cudnn_obstacle(query, value)
+    if jax.default_backend() != "gpu":
+        obstacle = f"platform {jax.default_backend()!r}, only 'gpu'"
+    if obstacle is not None:
+        raise ValueError(f"dot_product_attention: implementation 'cudnn' does not support {obstacle}")
+    attention = partial(jax.nn.dot_product_attention, query, key, value, scale=scale, implementation="cudnn")
+    bias = None if bias is None else _four_axes(bias).astype(query.dtype)
+    if mask is None or _is_plain_causal(mask, query, key):
+        return attention(bias, is_causal=mask is not None)
+    allowed = mask.materialize(query.shape[1], key.shape[1])
+    # The kernel averages the values where nothing is allowed.
     seen = jnp.moveaxis(jnp.any(allowed, axis=-1), 1, 2)[..., None]
-    return jnp.where(seen, output, jnp.zeros_like(output))
+    return jnp.where(seen, attention(bias, allowed), 0)
+
+
+def _is_plain_causal(mask: Mask, query, key) -> bool:
+    return isinstance(mask, CausalMask) and mask.offset is None and query.shape[1] == key.shape[1]
+
+
+def _flash_tpu(query, key, value, bias, mask, scale: float) -> Float[Array, "B Lq H Dv"]:
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    obstacles = {
+        "grouped heads": query.shape[2] != key.shape[2],
+        "value heads of another width than query heads": query.shape[-1] != value.shape[-1],
+        f"lengths {query.shape[1]} and {key.shape[1]}, only multiples of 128": query.shape[1] % 128
+        or key.shape[1] % 128,
+        f"{type(mask).__name__}, only None, SegmentMask and CausalMask with as many queries as keys": not (
+            mask is None or isinstance(mask, SegmentMask) or _is_plain_causal(mask, query, key)
+        ),
+    }
+    if missing := [obstacle for obstacle, holds in obstacles.items() if holds]:
+        raise ValueError(f"dot_product_attention: implementation 'flash_tpu' does not support {'; '.join(missing)}")
+    segments = None
+    if isinstance(mask, SegmentMask):
+        segments = flash.SegmentIds(mask.query_segments, mask.key_segments)
+    if bias is not None:
+        bias = jnp.broadcast_to(_four_axes(bias), (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
+    output = flash.flash_attention(
+        *(jnp.moveaxis(x, 2, 1) for x in (query, key, value)), bias, segments,
+        causal=isinstance(mask, CausalMask), sm_scale=scale,
+    )  # fmt: skip
+    return jnp.moveaxis(output, 1, 2)
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of the tokens so far, in buffers of M tokens of which the first `length` of each row are set."""
+
+    key: Float[Array, "B M K D"]
+    value: Float[Array, "B M K Dv"]
+    length: Int[Array, " B"]
+
+
+def empty_cache(
+    batch: int,
+    capacity: int,
+    key_heads: int,
+    head_dim: int,
+    *,
+    value_dim: int | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> KeyValueCache:
+    """A cache with room for `capacity` tokens a row; `value_dim` defaults to `head_dim`. Source: arXiv:1911.02150."""
+    value_dim = head_dim if value_dim is None else value_dim
+    return KeyValueCache(
+        jnp.zeros((batch, capacity, key_heads, head_dim), dtype),
+        jnp.zeros((batch, capacity, key_heads, value_dim), dtype),
+        jnp.zeros((batch,), jnp.int32),
+    )
+
+
+@jax.jit
+def extend_cache(cache: KeyValueCache, key: Float[Array, "B T K D"], value: Float[Array, "B T K Dv"]) -> KeyValueCache:
+    """The cache with T more tokens per row, written after those it holds.
+
+    Tokens beyond the capacity are dropped, and `length` counts them all the same: compare it with the capacity where
+    overflow is possible. T greater than the capacity raises ValueError. Source: arXiv:1911.02150.
+    """
+    capacity, count = cache.key.shape[1], key.shape[1]
+    if count > capacity:
+        raise ValueError(f"extend_cache: {count} tokens do not fit the cache's capacity {capacity}")
+    rows = jnp.arange(key.shape[0])[:, None]
+    places = cache.length[:, None] + jnp.arange(count)
+    return KeyValueCache(
+        cache.key.at[rows, places].set(key.astype(cache.key.dtype), mode="drop"),
+        cache.value.at[rows, places].set(value.astype(cache.value.dtype), mode="drop"),
+        cache.length + count,
+    )
+
+
+@partial(jax.jit, static_argnames=("scale", "soft_cap"))
+def decode_step(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K Dv"],
+    cache: KeyValueCache,
+    *,
+    bias: Float[Array, "*broadcastable"] | None = None,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+) -> tuple[Float[Array, "B T H Dv"], KeyValueCache]:
+    """Causal attention of T new tokens to the cached ones and each other; also the cache with the new tokens in it.
+
+    T steps of one token equal one call with T tokens equal the last T rows of attention over the whole sequence. Keys
+    are cached as given (after rotary embedding). `mask` restricts further; it sees the M places of the buffers, and
+    query 0 stands on place `cache.length` (give it that as `offset`, where it has one). `bias` broadcasts to
+    (B, H, T, M). O(T M) time. Source: arXiv:1911.02150, section 2.4.1.
+    """
+    causal = CausalMask(offset=cache.length)
+    cache = extend_cache(cache, key, value)
+    output = dot_product_attention(
+        query, cache.key, cache.value, bias=bias, mask=causal if mask is None else causal & mask,
+        scale=scale, soft_cap=soft_cap, sinks=sinks,
+    )  # fmt: skip
+    return output.astype(value.dtype), cache
+
+
+def concatenate_streams(
+    streams: Sequence[tuple],
+) -> tuple[Float[Array, "B Lk K D"], Float[Array, "B Lk K Dv"], Mask | None]:
+    """Keys, values and mask of several streams (key, value) or (key, value, mask), one after the other.
+
+    For queries that attend at once to their own tokens and to others (image prompts, memories, prefixes). A stream's
+    mask speaks of its own keys only, counted from 0; without one, every query sees the whole stream. The mask is None
+    if no stream has one. Source: arXiv:2203.08913, arXiv:2308.06721.
+    """
+    keys, values = ([stream[i] for stream in streams] for i in (0, 1))
+    masks = [as_mask(stream[2]) if len(stream) > 2 else None for stream in streams]
+    total = sum(key.shape[1] for key in keys)
+    joined, start = None, 0
+    for key, mask in zip(keys, masks, strict=True):
+        shifted = ShiftedMask(FullMask() if mask is None else mask, start, key.shape[1], total)
+        joined = shifted if joined is None else joined | shifted
+        start += key.shape[1]
+    return (
+        jnp.concatenate(keys, axis=1),
+        jnp.concatenate(values, axis=1),
+        None if all(mask is None for mask in masks) else joined,
+    )

@@ -90,7 +90,7 @@ def test_bias_scale_cap_and_score_function_come_in_their_order():
 
 @pytest.mark.parametrize(("axis", "number"), [("keys", 3), ("queries", 2), ("heads", 1)])
 def test_weights_sum_to_one_over_the_axis(axis, number):
-    _, weights = layers.dot_product_attention(*arrays(), axis=axis, return_weights=True)
+    _, weights = layers.dot_product_attention(*arrays(), softmax_axis=axis, return_weights=True)
     chex.assert_trees_all_close(jnp.sum(weights, axis=number), jnp.ones_like(jnp.sum(weights, axis=number)), rtol=1e-5)
 
 
@@ -144,11 +144,11 @@ def test_names_what_is_wrong():
     with pytest.raises(ValueError, match="'flash' is not one of"):
         layers.dot_product_attention(query, key, value, implementation="flash")
     with pytest.raises(ValueError, match="does not support return_weights"):
-        layers.dot_product_attention(query, key, value, implementation="xla", return_weights=True)
+        layers.dot_product_attention(query, key, value, implementation="cudnn", return_weights=True)
     with pytest.raises(ValueError, match="'max' is not one of softmax"):
         layers.dot_product_attention(query, key, value, normalizer="max")
-    with pytest.raises(ValueError, match="axis 'rows' is not one of"):
-        layers.dot_product_attention(query, key, value, axis="rows")
+    with pytest.raises(ValueError, match="softmax_axis 'rows' is not one of"):
+        layers.dot_product_attention(query, key, value, softmax_axis="rows")
 
 
 def test_low_precision_keeps_its_type_and_its_values():
