@@ -6,9 +6,22 @@
 from layers.activations import (
     gelu,
 )
+from layers.delta import (
+    delta_rule,
+    delta_rule_step,
+)
 from layers.dropout import (
     dropout,
     dropout_mask,
+)
+from layers.ema import (
+    damped_ema,
+    damped_ema_step,
+)
+from layers.gated_linear import (
+    gated_linear_attention,
+    gated_linear_attention_step,
+    retention_log_decays,
 )
 from layers.linear import (
     dot_attention,
@@ -26,6 +39,28 @@ from layers.masks import (
     ShiftedMask,
     WindowMask,
     as_mask,
+)
+from layers.memory import (
+    NeuralMemoryState,
+    neural_memory,
+    neural_memory_step,
+)
+from layers.quantum import (
+    apply_cnot,
+    apply_gate,
+    encoding_layer,
+    entangling_layer,
+    pauli_z_expectations,
+    query_observables,
+    rotation_gate,
+    unitary_recurrence,
+    zero_state,
+)
+from layers.recurrence import (
+    causal_depthwise_conv,
+    causal_depthwise_conv_step,
+    linear_recurrence,
+    pairwise_decay,
 )
 from layers.series import (
     InstanceStatistics,
@@ -46,6 +81,12 @@ from layers.softmax import (
     masked_normalize,
     normalize_heads,
 )
+from layers.ssm import (
+    selective_scan,
+    selective_scan_step,
+    state_space_dual,
+    state_space_dual_step,
+)
 
 __all__ = [
     "BlockMask",
@@ -57,26 +98,53 @@ __all__ = [
     "KeyValueCache",
     "LengthMask",
     "Mask",
+    "NeuralMemoryState",
     "PrefixMask",
     "SeasonalTrend",
     "SegmentMask",
     "ShiftedMask",
     "WindowMask",
+    "apply_cnot",
+    "apply_gate",
     "as_mask",
     "attend",
+    "causal_depthwise_conv",
+    "causal_depthwise_conv_step",
     "concatenate_streams",
+    "damped_ema",
+    "damped_ema_step",
     "decode_step",
+    "delta_rule",
+    "delta_rule_step",
     "dot_attention",
     "dot_product_attention",
     "dropout",
     "dropout_mask",
     "empty_cache",
+    "encoding_layer",
+    "entangling_layer",
     "extend_cache",
+    "gated_linear_attention",
+    "gated_linear_attention_step",
     "gelu",
     "instance_denormalize",
     "instance_normalize",
+    "linear_recurrence",
     "masked_normalize",
     "moving_average",
+    "neural_memory",
+    "neural_memory_step",
     "normalize_heads",
+    "pairwise_decay",
+    "pauli_z_expectations",
+    "query_observables",
+    "retention_log_decays",
+    "rotation_gate",
+    "selective_scan",
+    "selective_scan_step",
     "series_decomposition",
+    "state_space_dual",
+    "state_space_dual_step",
+    "unitary_recurrence",
+    "zero_state",
 ]
