@@ -6,6 +6,12 @@
 from layers.activations import (
     gelu,
 )
+from layers.coresets import (
+    attention_coreset,
+    attention_gram,
+    coreset_error,
+    halve,
+)
 from layers.delta import (
     delta_rule,
     delta_rule_step,
@@ -23,8 +29,28 @@ from layers.gated_linear import (
     gated_linear_attention_step,
     retention_log_decays,
 )
+from layers.latent import (
+    agent_attention,
+    gather_representatives,
+    latent_read,
+)
 from layers.linear import (
+    LinearAttentionState,
     dot_attention,
+    favor_features,
+    linear_attention,
+    linear_attention_step,
+    orthogonal_projection,
+)
+from layers.localization import (
+    epanechnikov_log_kernel,
+    gaussian_log_kernel,
+    hopfield_retrieve,
+    local_linear_regression,
+    local_mean,
+    mean_shift,
+    nearest_log_kernel,
+    reconstruction_weights,
 )
 from layers.masks import (
     BlockMask,
@@ -62,6 +88,10 @@ from layers.recurrence import (
     linear_recurrence,
     pairwise_decay,
 )
+from layers.ridge import (
+    kernel_ridge_attention,
+    kernel_ridge_values,
+)
 from layers.series import (
     InstanceStatistics,
     SeasonalTrend,
@@ -97,6 +127,7 @@ __all__ = [
     "KeyMask",
     "KeyValueCache",
     "LengthMask",
+    "LinearAttentionState",
     "Mask",
     "NeuralMemoryState",
     "PrefixMask",
@@ -104,13 +135,17 @@ __all__ = [
     "SegmentMask",
     "ShiftedMask",
     "WindowMask",
+    "agent_attention",
     "apply_cnot",
     "apply_gate",
     "as_mask",
     "attend",
+    "attention_coreset",
+    "attention_gram",
     "causal_depthwise_conv",
     "causal_depthwise_conv_step",
     "concatenate_streams",
+    "coreset_error",
     "damped_ema",
     "damped_ema_step",
     "decode_step",
@@ -123,21 +158,38 @@ __all__ = [
     "empty_cache",
     "encoding_layer",
     "entangling_layer",
+    "epanechnikov_log_kernel",
     "extend_cache",
+    "favor_features",
     "gated_linear_attention",
     "gated_linear_attention_step",
+    "gather_representatives",
+    "gaussian_log_kernel",
     "gelu",
+    "halve",
+    "hopfield_retrieve",
     "instance_denormalize",
     "instance_normalize",
+    "kernel_ridge_attention",
+    "kernel_ridge_values",
+    "latent_read",
+    "linear_attention",
+    "linear_attention_step",
     "linear_recurrence",
+    "local_linear_regression",
+    "local_mean",
     "masked_normalize",
+    "mean_shift",
     "moving_average",
+    "nearest_log_kernel",
     "neural_memory",
     "neural_memory_step",
     "normalize_heads",
+    "orthogonal_projection",
     "pairwise_decay",
     "pauli_z_expectations",
     "query_observables",
+    "reconstruction_weights",
     "retention_log_decays",
     "rotation_gate",
     "selective_scan",

@@ -172,6 +172,21 @@ def normalize_heads(
     return (normal if scale is None else normal * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def _product(subscripts: str, left: Array, right: Array) -> Array:
+    """einsum of narrow inputs with float32 sums."""
+    if left.dtype == right.dtype == jnp.float32:
+        return jnp.einsum(subscripts, left, right)
+
+    def narrow(left, right):
+        return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+    def wide(left, right):
+        return jnp.einsum(subscripts, left.astype(jnp.float32), right.astype(jnp.float32))
+
+    # XLA for CPU has no product of bfloat16 into float32 for every shape.
+    return jax.lax.platform_dependent(left, right, cpu=wide, default=narrow)
+
+
 @partial(jax.jit, static_argnames=("normalizer", "softmax_axis", "return_weights"))
 def attend(
     scores: Scores,
@@ -205,7 +220,7 @@ def attend(
             f"attend: sinks belong to a softmax over the keys, not to normalizer {normalizer!r} over {softmax_axis}"
         )
     grouped = weights.reshape(batch, value.shape[2], heads // value.shape[2], query_length, key_length)
-    output = jnp.einsum("bkgqs,bskd->bqkgd", grouped.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    output = _product("bkgqs,bskd->bqkgd", grouped.astype(value.dtype), value)
     output = output.reshape(batch, query_length, heads, value.shape[-1]).astype(value.dtype)
     return (output, weights) if return_weights else output
 
@@ -296,7 +311,7 @@ def dot_product_attention(
         query = query.astype(jnp.float32)
         key, value = (jnp.repeat(x.astype(jnp.float32), heads // key_heads, axis=2) for x in (key, value))
     grouped = query.reshape(*query.shape[:2], key.shape[2], heads // key.shape[2], query.shape[-1])
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = _product("bqkgd,bskd->bkgqs", grouped, key) * scale
     scores = scores.reshape(scores.shape[0], heads, *scores.shape[-2:])
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
