@@ -74,9 +74,8 @@ def _heads_first(x: Array) -> Float[Array, "BH L D"]:
     return jnp.moveaxis(x.astype(jnp.float32), 2, 1).reshape(batch * heads, length, width)
 
 
-def _heads_last(x: Float[Array, "BH L D"], like: Array) -> Float[Array, "B L H D"]:
-    batch, length, heads, _ = like.shape
-    return jnp.moveaxis(x.reshape(batch, heads, length, x.shape[-1]), 1, 2).astype(like.dtype)
+def _heads_last(x: Float[Array, "BH L D"], batch: int, dtype) -> Float[Array, "B L H D"]:
+    return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 2).astype(dtype)
 
 
 def _slice(x, starts, sizes):
@@ -114,7 +113,6 @@ def _over_blocks(band: _Band, step, carry):
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def blocked_attention(
     query: Float[Array, "B Lq H D"],
     key: Float[Array, "B Lk K D"],
@@ -130,10 +128,18 @@ def blocked_attention(
     O(Lq Lk) time and O(Lq + Lk) memory, forwards and backwards; key ranges that the mask's `covers` rules out cost
     nothing. Computed in float32. Reverse-mode differentiable only.
     """
-    return _forward(query, key, value, bias, mask, sinks, scale, soft_cap)[0]
+    # Masks go through as their leaves: JAX makes trees of placeholders where it wants gradients of arguments.
+    leaves, structure = jax.tree.flatten(mask)
+    return _attention(query, key, value, bias, leaves, sinks, structure, scale, soft_cap)
 
 
-def _forward(query, key, value, bias, mask, sinks, scale, soft_cap):
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(query, key, value, bias, mask_leaves, sinks, mask_structure, scale, soft_cap):
+    return _forward(query, key, value, bias, mask_leaves, sinks, mask_structure, scale, soft_cap)[0]
+
+
+def _forward(query, key, value, bias, mask_leaves, sinks, mask_structure, scale, soft_cap):
+    mask = mask_structure.unflatten(mask_leaves)
     heads, groups = query.shape[2], query.shape[2] // key.shape[2]
     query_length, key_length = query.shape[1], key.shape[1]
     shift = key_length - query_length
@@ -168,12 +174,13 @@ def _forward(query, key, value, bias, mask, sinks, scale, soft_cap):
     output, total, top = jax.lax.map(one_head, jnp.arange(queries.shape[0]))
     output = output / jnp.where(total > 0, total, 1.0)[..., None]
     log_total = jnp.where(total > 0, top + jnp.log(total), jnp.inf)
-    output = _heads_last(output, jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), value.dtype))
-    return output, (query, key, value, bias, mask, sinks, output, log_total)
+    output = _heads_last(output, query.shape[0], value.dtype)
+    return output, (query, key, value, bias, mask_leaves, sinks, output, log_total)
 
 
-def _backward(scale, soft_cap, saved, d_output):
-    query, key, value, bias, mask, sinks, output, log_total = saved
+def _backward(mask_structure, scale, soft_cap, saved, d_output):
+    query, key, value, bias, mask_leaves, sinks, output, log_total = saved
+    mask = mask_structure.unflatten(mask_leaves)
     heads, groups = query.shape[2], query.shape[2] // key.shape[2]
     query_length, key_length = query.shape[1], key.shape[1]
     shift = key_length - query_length
@@ -219,7 +226,8 @@ def _backward(scale, soft_cap, saved, d_output):
         share = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - log_total.reshape(-1, heads, query_length))
         d_sinks = -jnp.sum(share * common.reshape(share.shape), axis=(0, 2)).astype(sinks.dtype)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return _heads_last(d_q, query), _heads_last(d_k, key), _heads_last(d_v, value), d_bias, None, d_sinks
+    d_q, d_k, d_v = (_heads_last(d_x, x.shape[0], x.dtype) for d_x, x in ((d_q, query), (d_k, key), (d_v, value)))
+    return d_q, d_k, d_v, d_bias, None, d_sinks
 
 
 def _sum_to(d_scores, shape):
@@ -237,4 +245,4 @@ def _add_at(total, part, starts):
     return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, starts, part.shape) + part, starts)
 
 
-blocked_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)

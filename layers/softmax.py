@@ -402,7 +402,9 @@ def _flash_tpu(query, key, value, bias, mask, scale: float) -> Float[Array, "B L
     if isinstance(mask, SegmentMask):
         segments = flash.SegmentIds(mask.query_segments, mask.key_segments)
     if bias is not None:
-        bias = jnp.broadcast_to(_four_axes(bias), (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
+        # The kernel scales the sum of product and bias.
+        bias = _four_axes(bias).astype(jnp.float32) / scale
+        bias = jnp.broadcast_to(bias, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
     output = flash.flash_attention(
         *(jnp.moveaxis(x, 2, 1) for x in (query, key, value)), bias, segments,
         causal=isinstance(mask, CausalMask), sm_scale=scale,

@@ -45,6 +45,14 @@ def sparsemax(s):
     return np.maximum(s - low, 0)
 
 
+def entmax15(s):
+    low, high = s.min() / 2 - 1, s.max() / 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (np.maximum(s / 2 - middle, 0) ** 2).sum() > 1 else (low, middle)
+    return np.maximum(s / 2 - low, 0) ** 2
+
+
 WEIGHERS = {
     "softmax": softmax,
     "sigmoid": lambda s: 1 / (1 + np.exp(-s)),
@@ -52,6 +60,7 @@ WEIGHERS = {
     "linear": lambda s: s,
     "hardmax": lambda s: (s == s.max()) / (s == s.max()).sum(),
     "sparsemax": sparsemax,
+    "entmax15": entmax15,
     "signed_l1": lambda s: s / np.abs(s).sum(),
 }
 
