@@ -18,6 +18,8 @@ from layers.masks import Mask
 _BLOCK_ELEMENTS = 1 << 20
 _MIN_QUERIES, _MAX_QUERIES = 128, 1024
 _MAX_BANDS = 8
+# What a block costs beside its scores, in scores.
+_BLOCK_OVERHEAD = 1 << 14
 
 
 class _Band(NamedTuple):
@@ -32,9 +34,19 @@ class _Band(NamedTuple):
 
 def _bands(query_length: int, key_length: int, mask: Mask | None) -> list[_Band]:
     """Blocks grouped so that those of a group have the same shape and few keys that the mask is known to forbid."""
-    size = min(max(_BLOCK_ELEMENTS // max(key_length, 1), _MIN_QUERIES), _MAX_QUERIES, query_length)
+    largest = min(max(_BLOCK_ELEMENTS // max(key_length, 1), _MIN_QUERIES), _MAX_QUERIES, query_length)
+
+    def visible(size):
+        return [_visible(mask, j * size, size, query_length, key_length) for j in range(query_length // size)]
+
+    def cost(size):
+        return sum(size * (stop - start) + _BLOCK_OVERHEAD for start, stop in visible(size))
+
+    # Under a band smaller blocks see fewer keys that are forbidden to most of their queries.
+    sizes = [largest] if mask is None else [largest // d for d in (1, 2, 4, 8) if largest // d >= _MIN_QUERIES]
+    size = min(sizes or [largest], key=cost)
     count = query_length // size
-    ranges = [_visible(mask, j * size, size, query_length, key_length) for j in range(count)]
+    ranges = visible(size)
     per_band = -(-count // min(_MAX_BANDS, len({stop - start for start, stop in ranges})))
     bands = []
     for first in range(0, count, per_band):
@@ -58,15 +70,6 @@ def _visible(mask, start: int, size: int, query_length: int, key_length: int) ->
         or mask.covers(start, size, k, min(tile, key_length - k), shift=key_length - query_length) is not False
     ]
     return (seen[0], min(seen[-1] + tile, key_length)) if seen else (0, 1)
-
-
-class _Inputs(NamedTuple):
-    query: Float[Array, "BH Lq D"]
-    key: Float[Array, "BK Lk D"]
-    value: Float[Array, "BK Lk Dv"]
-    bias: Float[Array, "b h q k"] | None
-    mask: Mask | None
-    sinks: Float[Array, " H"] | None
 
 
 def _heads_first(x: Array) -> Float[Array, "BH L D"]:

@@ -88,9 +88,7 @@ def _span(initial, rows, *, chunk: int):
         since_start = jnp.exp(jnp.cumsum(g, axis=-2))
         whole = jnp.sum(g, axis=-2)[..., None]
     written = (k * to_end).swapaxes(-1, -2) @ v
-    states = linear_recurrence(
-        jnp.moveaxis(written, 2, 1), jnp.moveaxis(whole, 2, 1), initial_state=initial, implementation="sequential"
-    )
+    states = linear_recurrence(jnp.moveaxis(written, 2, 1), jnp.moveaxis(whole, 2, 1), initial_state=initial)
     starts = jnp.moveaxis(jnp.concatenate([initial[:, None], states[:, :-1]], axis=1), 1, 2)
     output = scores @ v + (q * since_start) @ starts
     return states[:, -1], output.reshape(*output.shape[:2], -1, output.shape[-1])

@@ -204,8 +204,10 @@ def dot_attention(
         # `where` inside softmax keeps an all-absent row finite: its weights are zeros, and so are their gradients.
         weights = jax.nn.softmax(logits, axis=1, where=present)
         weights = jnp.where(present, weights, 0.0)
-    gates = jnp.sum(gelu(weights * key.astype(jnp.float32), approximate=approximate_gelu), axis=1, keepdims=True)
-    output = value.astype(jnp.float32) * gates
+    gated = gelu(weights * key.astype(jnp.float32), approximate=approximate_gelu)
+    # A product with ones: XLA for CPU sums the rows of what it has just computed up to 250 times slower.
+    gates = jnp.einsum("l,blc->bc", jnp.ones(gated.shape[1]), gated, precision="highest")
+    output = value.astype(jnp.float32) * gates[:, None]
     if token_mask is not None:
         output = jnp.where(token_mask[:, :, None], output, 0.0)
     output = output.astype(value.dtype)

@@ -79,6 +79,13 @@ def as_mask(mask: Mask | Bool[Array, "*broadcastable"] | None) -> Mask | None:
     return mask if mask is None or isinstance(mask, Mask) else DenseMask(mask)
 
 
+def conjuncts(mask: Mask) -> list[Mask]:
+    """The masks whose `&` it is."""
+    if isinstance(mask, _Combined) and mask.operation is operator.and_:
+        return [*conjuncts(mask.left), *conjuncts(mask.right)]
+    return [mask]
+
+
 def _pytree(cls: type) -> type:
     """A frozen dataclass whose `static` fields are part of the type for JAX, the others its leaves."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False)(cls))

@@ -57,7 +57,7 @@ def _qubits(state) -> int:
 
 
 @partial(jax.jit, static_argnames=("qubit",))
-def apply_gate(state: Complex[Array, "*B A"], gate: Complex[Array, "*B 2 2"], *, qubit: int) -> Complex[Array, "*B A"]:
+def apply_gate(state: Complex[Array, "*B A"], gate: Complex[Array, "*#B 2 2"], *, qubit: int) -> Complex[Array, "*B A"]:
     """U_qubit |state> for a 2 x 2 gate on one qubit; `gate` may have fewer leading axes than `state`.
 
     O(A). Source: card qlam, "Simulation".
@@ -96,7 +96,7 @@ def _apply_each(state, gates):
 
 
 @jax.jit
-def encoding_layer(state: Complex[Array, "*B A"], angles: Float[Array, "*B n 3"]) -> Complex[Array, "*B A"]:
+def encoding_layer(state: Complex[Array, "*B A"], angles: Float[Array, "*#B n 3"]) -> Complex[Array, "*B A"]:
     """prod_i RZ(a_i2) RY(a_i1) RX(a_i0) |state>: every qubit turned by its three angles, about x first.
 
     Source: card qlam, Mechanism 2.
@@ -106,7 +106,7 @@ def encoding_layer(state: Complex[Array, "*B A"], angles: Float[Array, "*B n 3"]
 
 
 @jax.jit
-def entangling_layer(state: Complex[Array, "*B A"], angles: Float[Array, "*B n 3"]) -> Complex[Array, "*B A"]:
+def entangling_layer(state: Complex[Array, "*B A"], angles: Float[Array, "*#B n 3"]) -> Complex[Array, "*B A"]:
     """CNOT ring after RZ(a_i2) RY(a_i1) RZ(a_i0) on every qubit: control i, target i + 1 mod n, in order of i.
 
     Two qubits have a single CNOT, one qubit has none. Source: card qlam, Mechanism 3.
@@ -128,7 +128,7 @@ def _ring_order(count: int) -> np.ndarray:
 @partial(jax.jit, static_argnames=("return_state", "renormalize_every"))
 def unitary_recurrence(
     angles: Float[Array, "B L n 3"],
-    weights: Float[Array, "R n 3"],
+    weights: Float[Array, "R m 3"],
     *,
     encoding_scales: Float[Array, "R n 3"] | None = None,
     initial_state: Complex[Array, "B A"] | None = None,

@@ -10,7 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, Int
 
 __all__ = [
     "causal_depthwise_conv",
@@ -142,12 +142,14 @@ def causal_depthwise_conv(
     *,
     bias: Float[Array, " D"] | None = None,
     initial_state: Float[Array, "B P D"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
     return_state: bool = False,
 ) -> Float[Array, "B L D"] | tuple[Float[Array, "B L D"], Float[Array, "B P D"]]:
     """y_t = bias + sum_{j<K} kernel_j x_{t-K+1+j} per channel; what lies before the sequence is `initial_state` or 0.
 
-    The state is the last P = K - 1 inputs. kernel[K-1] meets the present input, as in torch's Conv1d with left padding.
-    O(L K D). Source: arXiv:2312.00752, section 3.4.
+    The state is the last P = K - 1 inputs, or those before place `lengths` of each row where padding follows. kernel
+    [K-1] meets the present input, as in torch's Conv1d with left padding. O(L K D). Source: arXiv:2312.00752, section
+    3.4.
     """
     taps, length = kernel.shape[0], x.shape[1]
     if initial_state is None:
@@ -163,7 +165,12 @@ def causal_depthwise_conv(
     if bias is not None:
         wide = wide + bias.astype(jnp.float32)
     output = wide.astype(x.dtype)
-    return (output, padded[:, length:]) if return_state else output
+    if not return_state:
+        return output
+    if lengths is None:
+        return output, padded[:, length:]
+    places = lengths[:, None] + jnp.arange(taps - 1)
+    return output, jnp.take_along_axis(padded, places[..., None], axis=1)
 
 
 @jax.jit

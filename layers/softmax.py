@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from layers import kernels
 from layers.blocked import blocked_attention
-from layers.masks import CausalMask, FullMask, Mask, SegmentMask, ShiftedMask, as_mask
+from layers.masks import CausalMask, FullMask, Mask, ShiftedMask, as_mask
 
 __all__ = [
     "KeyValueCache",
@@ -193,7 +194,7 @@ def attend(
     value: Float[Array, "B Lk K Dv"],
     *,
     bias: Float[Array, "*broadcastable"] | None = None,
-    mask: Mask | Bool[Array, "*broadcastable"] | None = None,
+    mask: Mask | Bool[Array, "*mask_shape"] | None = None,
     normalizer: str | Normalizer = "softmax",
     softmax_axis: str = "keys",
     sinks: Float[Array, " H"] | None = None,
@@ -230,8 +231,7 @@ _SERVES = {
     "reference": {"soft_cap", "score_fn", "normalizer", "softmax_axis", "sinks", "return_weights"},
     "xla": {"soft_cap", "score_fn", "normalizer", "softmax_axis", "sinks", "return_weights"},
     "blocked": {"soft_cap", "sinks"},
-    "cudnn": set(),
-    "flash_tpu": set(),
+    **{kernel: {"soft_cap", "sinks"} for kernel in kernels.KERNELS},  # they say themselves what they lack of it
 }
 
 
@@ -245,7 +245,7 @@ def dot_product_attention(
     value: Float[Array, "B Lk K Dv"],
     *,
     bias: Float[Array, "*broadcastable"] | None = None,
-    mask: Mask | Bool[Array, "*broadcastable"] | None = None,
+    mask: Mask | Bool[Array, "*mask_shape"] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     score_fn: Callable[[Scores], Scores] | None = None,
@@ -267,9 +267,12 @@ def dot_product_attention(
 
     `implementation`: None picks by platform and request and always works. "reference" is the plain text of the
     equation in float32; "xla" the same for any platform with the products in the inputs' dtype, O(Lq Lk) memory.
-    "cudnn" is the fused kernel on NVIDIA GPUs (float16 and bfloat16), "flash_tpu" the Pallas kernel on TPUs (no
-    grouped heads, lengths in multiples of 128, not inside a sharded jit); they take masks and biases. A named one that
-    cannot serve the request raises ValueError. Source: arXiv:1706.03762; sinks arXiv:2508.10925.
+    "blocked" has O(Lq + Lk) memory and its own backward pass: the fast path on CPU. "cudnn" is the fused kernel of
+    NVIDIA GPUs (float16 and bfloat16; any mask and bias). "splash_tpu" and "flash_tpu" are JAX's Pallas kernels for
+    TPU, not to be called inside a jit that shards their inputs: the first takes bands, segments, lengths and key masks,
+    sinks, soft caps and grouped heads, and no bias; the second biases, and lengths in multiples of 128. "tokamax" is
+    that library's choice. A named one that cannot serve the request raises ValueError. Source: arXiv:1706.03762; sinks
+    arXiv:2508.10925.
     """
     heads, key_heads = query.shape[2], key.shape[2]
     if heads % key_heads:
@@ -278,6 +281,8 @@ def dot_product_attention(
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = as_mask(mask)
+    if bias is not None:
+        bias = jnp.reshape(bias, (1,) * (4 - bias.ndim) + bias.shape)
     asked = {
         "soft_cap": soft_cap is not None,
         "score_fn": score_fn is not None,
@@ -288,10 +293,13 @@ def dot_product_attention(
     }
     asked = {name for name, is_asked in asked.items() if is_asked}
     if implementation is None:
-        return _best(query, key, value, asked, partial(
+        attention = partial(
             dot_product_attention, bias=bias, mask=mask, scale=scale, soft_cap=soft_cap, score_fn=score_fn,
             normalizer=normalizer, softmax_axis=softmax_axis, sinks=sinks, return_weights=return_weights,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if asked - _SERVES["blocked"]:
+            return attention(query, key, value, implementation="xla")
+        return _best(attention, kernels.Request(query, key, value, bias, mask, sinks, scale, soft_cap))
     if implementation not in _SERVES:
         raise ValueError(f"dot_product_attention: implementation {implementation!r} is not one of {', '.join(_SERVES)}")
     if missing := asked - _SERVES[implementation]:
@@ -299,12 +307,10 @@ def dot_product_attention(
             f"dot_product_attention: implementation {implementation!r} does not support {', '.join(sorted(missing))}"
         )
     if implementation == "blocked":
-        bias = None if bias is None else _four_axes(bias)
         return blocked_attention(query, key, value, bias, mask, sinks, scale, soft_cap)
-    if implementation == "cudnn":
-        return _cudnn(query, key, value, bias, mask, scale)
-    if implementation == "flash_tpu":
-        return _flash_tpu(query, key, value, bias, mask, scale)
+    if implementation in kernels.KERNELS:
+        request = kernels.Request(query, key, value, bias, mask, sinks, scale, soft_cap)
+        return kernels.run(implementation, request)
 
     value_dtype = value.dtype
     if implementation == "reference":
@@ -331,85 +337,28 @@ _CPU_DENSE_SCORES = 128 * 128
 _DENSE_SCORES = 1 << 28
 
 
-def _best(query, key, value, asked: set[str], attention: Callable):
+# From so many scores a head on, a TPU's fused kernel is worth its fixed costs.
+_TPU_KERNEL_SCORES = 1024 * 1024
+
+
+def _best(attention: Callable, request: kernels.Request):
     """`attention` by the implementation that suits the platform it is compiled for, which need not be this machine."""
-    if asked - _SERVES["blocked"]:
-        return attention(query, key, value, implementation="xla")
-    scores_per_head = query.shape[1] * key.shape[1]
-    large = query.shape[0] * query.shape[2] * scores_per_head > _DENSE_SCORES
+    arrays = request.query, request.key, request.value
+    scores_per_head = request.query.shape[1] * request.key.shape[1]
+    large = request.query.shape[0] * request.query.shape[2] * scores_per_head > _DENSE_SCORES
     on_cpu = "blocked" if large or scores_per_head > _CPU_DENSE_SCORES else "xla"
     elsewhere = "blocked" if large else "xla"
-    if jax.default_backend() == "gpu" and not asked and _cudnn_obstacle(query, value) is None:
+    if jax.default_backend() == "gpu" and not kernels.obstacles("cudnn", request):
         elsewhere = "cudnn"
+    # Among several TPUs a Pallas kernel would have to be told how its inputs are sharded.
+    one_tpu = jax.default_backend() == "tpu" and jax.device_count() == 1
+    if one_tpu and scores_per_head >= _TPU_KERNEL_SCORES and not kernels.obstacles("splash_tpu", request):
+        elsewhere = "splash_tpu"
     if on_cpu == elsewhere:
-        return attention(query, key, value, implementation=on_cpu)
+        return attention(*arrays, implementation=on_cpu)
     return jax.lax.platform_dependent(
-        query, key, value,
-        cpu=partial(attention, implementation=on_cpu), default=partial(attention, implementation=elsewhere),
-    )  # fmt: skip
-
-
-def _four_axes(x: Array) -> Float[Array, "b h q k"]:
-    return jnp.reshape(x, (1,) * (4 - x.ndim) + x.shape)
-
-
-def _cudnn_obstacle(query, value) -> str | None:
-    """Why the cuDNN kernel cannot take these arrays, or None."""
-    if query.dtype not in (jnp.float16, jnp.bfloat16):
-        return f"dtype {query.dtype}, only float16 and bfloat16"
-    if query.shape[-1] != value.shape[-1]:
-        return f"value heads of another width ({value.shape[-1]}) than query heads ({query.shape[-1]})"
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        return f"head width {query.shape[-1]}, only multiples of 8 up to 128"
-    return None
-
-
-def _cudnn(query, key, value, bias, mask, scale: float) -> Float[Array, "B Lq H Dv"]:
-    obstacle = _cudnn_obstacle(query, value)
-    if jax.default_backend() != "gpu":
-        obstacle = f"platform {jax.default_backend()!r}, only 'gpu'"
-    if obstacle is not None:
-        raise ValueError(f"dot_product_attention: implementation 'cudnn' does not support {obstacle}")
-    attention = partial(jax.nn.dot_product_attention, query, key, value, scale=scale, implementation="cudnn")
-    bias = None if bias is None else _four_axes(bias).astype(query.dtype)
-    if mask is None or _is_plain_causal(mask, query, key):
-        return attention(bias, is_causal=mask is not None)
-    allowed = mask.materialize(query.shape[1], key.shape[1])
-    # The kernel averages the values where nothing is allowed.
-    seen = jnp.moveaxis(jnp.any(allowed, axis=-1), 1, 2)[..., None]
-    return jnp.where(seen, attention(bias, allowed), 0)
-
-
-def _is_plain_causal(mask: Mask, query, key) -> bool:
-    return isinstance(mask, CausalMask) and mask.offset is None and query.shape[1] == key.shape[1]
-
-
-def _flash_tpu(query, key, value, bias, mask, scale: float) -> Float[Array, "B Lq H Dv"]:
-    from jax.experimental.pallas.ops.tpu import flash_attention as flash
-
-    obstacles = {
-        "grouped heads": query.shape[2] != key.shape[2],
-        "value heads of another width than query heads": query.shape[-1] != value.shape[-1],
-        f"lengths {query.shape[1]} and {key.shape[1]}, only multiples of 128": query.shape[1] % 128
-        or key.shape[1] % 128,
-        f"{type(mask).__name__}, only None, SegmentMask and CausalMask with as many queries as keys": not (
-            mask is None or isinstance(mask, SegmentMask) or _is_plain_causal(mask, query, key)
-        ),
-    }
-    if missing := [obstacle for obstacle, holds in obstacles.items() if holds]:
-        raise ValueError(f"dot_product_attention: implementation 'flash_tpu' does not support {'; '.join(missing)}")
-    segments = None
-    if isinstance(mask, SegmentMask):
-        segments = flash.SegmentIds(mask.query_segments, mask.key_segments)
-    if bias is not None:
-        # The kernel scales the sum of product and bias.
-        bias = _four_axes(bias).astype(jnp.float32) / scale
-        bias = jnp.broadcast_to(bias, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
-    output = flash.flash_attention(
-        *(jnp.moveaxis(x, 2, 1) for x in (query, key, value)), bias, segments,
-        causal=isinstance(mask, CausalMask), sm_scale=scale,
-    )  # fmt: skip
-    return jnp.moveaxis(output, 1, 2)
+        *arrays, cpu=partial(attention, implementation=on_cpu), default=partial(attention, implementation=elsewhere)
+    )
 
 
 class KeyValueCache(NamedTuple):

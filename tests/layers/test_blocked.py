@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import layers
+from layers import kernels
 
 KEYS = jax.random.split(jax.random.key(3), 8)
 normal = jax.random.normal
@@ -235,18 +236,29 @@ def test_kernels_say_what_they_cannot_do():
         run(implementation="fast")
     with pytest.raises(ValueError, match="implementation 'blocked' does not support return_weights"):
         run(implementation="blocked", return_weights=True)
-    with pytest.raises(ValueError, match="implementation 'cudnn' does not support platform 'cpu', only 'gpu'"):
+    with pytest.raises(ValueError, match=r"implementation 'cudnn' does not support .*platform 'cpu', only 'gpu'"):
         run(implementation="cudnn")
+    with pytest.raises(ValueError, match="implementation 'cudnn' does not support soft_cap; dtype float32"):
+        run(implementation="cudnn", soft_cap=3.0)
     with pytest.raises(ValueError, match="implementation 'flash_tpu' does not support grouped heads; value"):
         run(implementation="flash_tpu")
-    with pytest.raises(ValueError, match="lengths 100 and 100, only multiples of 128; WindowMask"):
+    with pytest.raises(ValueError, match="lengths 100 and 100, only multiples of 128; masks other than"):
         layers.dot_product_attention(
             *arrays(100, 100, key_heads=4, value_dim=8), mask=layers.WindowMask(left=1), implementation="flash_tpu"
         )
+    with pytest.raises(ValueError, match="'flash_tpu' does not support CausalMask with 128 queries and 256 keys"):
+        layers.dot_product_attention(
+            *arrays(128, 256, key_heads=4, value_dim=8), mask=layers.CausalMask(), implementation="flash_tpu"
+        )
+    mask = layers.DenseMask(jnp.ones((128, 128), bool)) & (layers.CausalMask() | layers.WindowMask(left=1))
+    with pytest.raises(ValueError, match="'splash_tpu' does not support bias; DenseMask, Combined, only bands"):
+        run(implementation="splash_tpu", bias=jnp.zeros(()), mask=mask)
+    with pytest.raises(ValueError, match="'tokamax' does not support sinks"):
+        run(implementation="tokamax", sinks=jnp.zeros(4))
 
 
 @pytest.mark.parametrize("name", ["none", "causal", "segments", "bias"])
-def test_the_tpu_kernel_in_interpret_mode(name):
+def test_the_flash_kernel_for_tpu_in_interpret_mode(name):
     from jax.experimental.pallas import tpu as pltpu
 
     arguments = arrays(128, 128, heads=2, key_heads=2, batch=1, dim=128, value_dim=128)
@@ -254,9 +266,46 @@ def test_the_tpu_kernel_in_interpret_mode(name):
     options = {
         "none": {},
         "causal": {"mask": layers.CausalMask()},
-        "segments": {"mask": layers.SegmentMask(segments, segments)},
+        # No key is of the segment of the last queries.
+        "segments": {"mask": layers.SegmentMask(segments, jnp.minimum(segments, 1))},
         "bias": {"bias": normal(KEYS[4], (2, 128, 128))},
     }[name]
     with pltpu.force_tpu_interpret_mode():
         ours = layers.dot_product_attention(*arguments, **options, implementation="flash_tpu")
     close(ours, layers.dot_product_attention(*arguments, **options, implementation="reference"), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "causal", "window", "padding", "all"])
+def test_the_splash_kernel_for_tpu_in_interpret_mode(name, monkeypatch):
+    kernel = kernels.KERNELS["splash_tpu"]
+    monkeypatch.setitem(kernels.KERNELS, "splash_tpu", kernel._replace(run=partial(kernel.run, interpret=True)))
+    lengths = {"none": (128, 128), "causal": (256, 128), "window": (100, 300), "padding": (40, 130), "all": (130, 130)}
+    query_length, key_length = lengths[name]
+    arguments = arrays(query_length, key_length, heads=4, key_heads=2, batch=2, dim=64, value_dim=32)
+    segments = jnp.broadcast_to(jnp.arange(key_length) // 50, (2, key_length))
+    padding = layers.LengthMask(jnp.array([key_length - 7, 0]))
+    options = {
+        "none": {"scale": 0.3},
+        # The first 128 queries see nothing.
+        "causal": {"mask": layers.CausalMask()},
+        "window": {"mask": layers.WindowMask(left=20, right=70) & layers.WindowMask(right=60)},
+        "padding": {"mask": padding},
+        "all": {
+            "mask": layers.CausalMask()
+            & layers.SegmentMask(segments, segments)
+            & layers.KeyMask(segments != 1)
+            & layers.LengthMask(jnp.array([key_length, 7])),
+            "soft_cap": 2.0,
+            "sinks": normal(KEYS[5], (4,)),
+        },
+    }[name]
+
+    def outcome(implementation):
+        def loss(arguments):
+            return jnp.sum(jnp.sin(layers.dot_product_attention(*arguments, **options, implementation=implementation)))
+
+        return layers.dot_product_attention(*arguments, **options, implementation=implementation), jax.grad(loss)(
+            arguments
+        )
+
+    close(outcome("splash_tpu"), outcome("reference"), atol=1e-4)

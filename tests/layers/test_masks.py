@@ -116,3 +116,11 @@ def test_is_an_argument_of_a_jitted_function():
         mask = layers.CausalMask(jnp.asarray(offset)) & layers.WindowMask(left=3)
         chex.assert_trees_all_equal(materialize(mask), mask.materialize(LQ, LK))
     assert len(traces) == 1
+
+
+def test_as_mask_takes_masks_tables_and_none():
+    mask = layers.CausalMask()
+    assert layers.as_mask(mask) is mask
+    assert layers.as_mask(None) is None
+    table = jnp.eye(3, dtype=bool)
+    chex.assert_trees_all_equal(layers.as_mask(table).materialize(3, 3)[0, 0], table)

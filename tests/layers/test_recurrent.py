@@ -439,6 +439,9 @@ def test_causal_convolution_equals_the_libraries():
         output, state = layers.causal_depthwise_conv_step(x[:, t], state, kernel, bias=bias)
         outputs.append(output[:, None])
     close(jnp.concatenate(outputs, 1), expected + bias)
+    _, ragged = layers.causal_depthwise_conv(x, kernel, lengths=jnp.asarray([9, 1]), return_state=True)
+    close(ragged[0], x[0, 6:9])
+    close(ragged[1], jnp.concatenate([jnp.zeros((2, 3)), x[1, :1]]))
     with pytest.raises(ValueError, match="initial_state has 2 inputs, a kernel of 4 needs 3"):
         layers.causal_depthwise_conv(x, kernel, initial_state=x[:, :2])
 

@@ -187,3 +187,15 @@ def test_attend_takes_scores_that_are_not_dot_products():
     ours = layers.attend(jnp.moveaxis(distance, 3, 1), value)
     weights = jax.nn.softmax(distance, axis=2)
     chex.assert_trees_all_close(ours, jnp.einsum("bqkh,bkhd->bqhd", weights, value), atol=1e-5)
+
+
+@pytest.mark.parametrize(("axis", "number"), [("keys", -1), ("queries", -2), ("heads", -3)])
+def test_masked_normalize_shares_one_unit_along_the_named_axis(axis, number):
+    scores = jax.random.normal(jax.random.key(8), (2, 3, 4, 5))
+    allowed = jax.random.bernoulli(jax.random.key(9), 0.6, scores.shape).at[0].set(False)
+    weights = layers.masked_normalize(scores, allowed, softmax_axis=axis)
+    chex.assert_trees_all_close(weights.sum(number), allowed.any(number).astype(jnp.float32), atol=1e-6)
+    assert not weights[~allowed].any()
+    chex.assert_trees_all_equal(layers.masked_normalize(scores, allowed, normalizer=lambda s, a, i: s * i), scores * -1)
+    with pytest.raises(ValueError, match="normalizer 'max' is not one of softmax, sigmoid"):
+        layers.masked_normalize(scores, allowed, normalizer="max")

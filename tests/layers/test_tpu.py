@@ -11,6 +11,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import layers
+from trainers.layer_bench import CASES as BENCHMARKS
+from trainers.layer_bench import gradient_of
 
 B, L, H, D = 2, 256, 4, 128
 TOKENS = (B, L, H, D)
@@ -18,6 +20,18 @@ CASES = {
     "attention": (layers.dot_product_attention, [TOKENS] * 3),
     "attention flash_tpu": (
         lambda *a: layers.dot_product_attention(*a, mask=layers.CausalMask(), implementation="flash_tpu"), [TOKENS] * 3
+    ),
+    "attention splash_tpu": (
+        lambda *a: layers.dot_product_attention(
+            *a, mask=layers.CausalMask() & layers.WindowMask(left=100), soft_cap=9.0, implementation="splash_tpu"
+        ),
+        [(B, L, H, 64), (B, L, 2, 64), (B, L, 2, D)],
+    ),
+    "attention splash_tpu odd": (
+        lambda *a: layers.dot_product_attention(
+            *a, mask=layers.LengthMask(jnp.array([77, 150])), implementation="splash_tpu"
+        ),
+        [(B, 200, H, 64), (B, 150, H, 64), (B, 150, H, 64)],
     ),
     "attention blocked": (lambda *a: layers.dot_product_attention(*a, implementation="blocked"), [TOKENS] * 3),
     "linear_attention": (lambda *a: layers.linear_attention(*a, causal=True), [TOKENS] * 3),
@@ -40,5 +54,17 @@ def test_forward_and_backward_compile(name, dtype):
     loss = jax.grad(lambda *a: jnp.sum(function(*a).astype(jnp.float32)), argnums=tuple(range(len(shapes))))
     compiled = jax.jit(loss).lower(*arguments).compile()
     assert compiled.cost_analysis()["flops"] > 0
-    if name == "attention flash_tpu":
+    if "_tpu" in name:
         assert "tpu_custom_call" in compiled.as_text()
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_measured_primitive_compiles(name):
+    """Forward, and backward where there is one, of what `zoo bench layers` times."""
+    case = BENCHMARKS[name]
+    function, arguments = case.build(256)
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)) for a in arguments]
+    function = gradient_of(function, arguments) if case.gradient else function
+    assert jax.jit(function).lower(*shapes).compile().memory_analysis().output_size_in_bytes > 0
