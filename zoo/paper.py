@@ -12,7 +12,7 @@ from zoo.errors import UserError
 from zoo.tasks.task import Batch, Task
 from zoo.weights.table import Table
 
-__all__ = ["Official", "Paper"]
+__all__ = ["Official", "Paper", "find_bridge", "named_config"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,23 @@ class Official:
     table: Callable[[Any], Table]
     call: Callable[[nn.Module, Mapping[str, Any], Mapping[str, jax.Array]], dict[str, jax.Array]]
     model: Callable[[Any], nn.Module] | None = None  # where it is not the paper's own model but a part of it
+    example: Callable[..., Any] | None = None  # of that part, where it takes other inputs than the paper's model
+    refine: Callable[[Any, Mapping[str, Any]], Any] | None = (
+        None  # configuration, tensors: where settings say too little
+    )
+    saved: tuple[Callable[[Any], Table], ...] = ()
+    """The names in saved files, where they are not the state dict's: the first are written, all are read."""
+    prefix: str = ""  # of the official names, which some files leave out
+    ignored: tuple[str, ...] = ()  # regular expressions: tensors of some files in which nothing learned is stored
 
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper's implementation. Bibliography, room and fidelity stand in the catalogue: see `entry`."""
+    """One paper's implementation. Bibliography, room and fidelity stand in the catalogue: see `entry`.
+
+    What a model takes from its data set as a whole and does not train (attributes of items, a graph) is the collection
+    `constants`: the model initialises it with noise, and the trainer puts in what `constants` makes of the data.
+    """
 
     slug: str
     task: Task
@@ -42,10 +54,12 @@ class Paper:
     model: Callable[[Any], nn.Module]
     example: Callable[..., Batch]  # (config, *, batch_size, key) -> inputs and targets of the right shapes
     loss: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]] | None = None  # default: the task's
+    constants: Callable[[Any, Any], dict[str, Any]] | None = None  # (config, data) -> its collection `constants`
     officials: tuple[Official, ...] = ()  # the main model first, then parts that have goldens of their own
     parameter_counts: Mapping[str, int] = field(default_factory=dict)  # config name -> what the official code has
     reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # data set -> metric -> the paper's value
     quirks: tuple[str, ...] = ()  # of the official code: reproduced or repaired
+    inert: tuple[str, ...] = ()  # paths of tiny's parameters that, as in the official code, nothing depends on
 
     @property
     def entry(self) -> Entry:
@@ -57,16 +71,7 @@ class Paper:
 
     def config(self, name: str = "tiny", **overrides: Any) -> Any:
         """The named configuration with some fields replaced. A misspelt name or field is answered by the closest."""
-        if name not in self.configs:
-            raise UserError(f"{self.slug} has no config {name!r}{closest(name, self.configs)}")
-        known = {f.name for f in fields(self.config_class)}
-        for key in overrides:
-            if key not in known:
-                raise UserError(f"the config of {self.slug} has no field {key!r}{closest(key, known)}")
-        try:
-            return replace(self.configs[name], **overrides)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the config of {self.slug} does not accept these values: {error}") from error
+        return named_config(self, name, overrides)
 
     def compute_loss(self, outputs: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mean loss, further named scalars) of the model's outputs on a batch."""
@@ -74,9 +79,32 @@ class Paper:
 
     def bridge(self, module: str | None = None) -> Official:
         """The bridge to the official module of that name (`None`: the main model)."""
-        if not self.officials:
-            raise UserError(f"{self.slug} has no official weights: no official code is known for it")
-        for official in self.officials:
-            if module in (None, official.module):
-                return official
-        raise UserError(f"{self.slug} has no bridge to {module}{closest(module, [o.module for o in self.officials])}")
+        return find_bridge(self, module)
+
+    def initialize(self, model: nn.Module, keys: Any, example: Any) -> Any:
+        """Fresh variables, of the model or of a part of it with inputs of its own."""
+        return model.init(keys, example)
+
+
+def named_config(record: Any, name: str, overrides: Mapping[str, Any]) -> Any:
+    """`record.configs[name]` with some fields replaced, for a paper or a backbone."""
+    if name not in record.configs:
+        raise UserError(f"{record.slug} has no config {name!r}{closest(name, record.configs)}")
+    known = {f.name for f in fields(record.config_class)}
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"the config of {record.slug} has no field {key!r}{closest(key, known)}")
+    try:
+        return replace(record.configs[name], **overrides)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the config of {record.slug} does not accept these values: {error}") from error
+
+
+def find_bridge(record: Any, module: str | None) -> Official:
+    """The one of `record.officials` to the module of that name, for a paper or a backbone."""
+    if not record.officials:
+        raise UserError(f"{record.slug} has no official weights: no official code is known for it")
+    for official in record.officials:
+        if module in (None, official.module):
+            return official
+    raise UserError(f"{record.slug} has no bridge to {module}{closest(module, [o.module for o in record.officials])}")

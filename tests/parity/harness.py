@@ -4,6 +4,7 @@ A case is an .npz with `meta` (json), `param/*`, `input/*`, `output/*` and, wher
 `grad_input/*` and `grad_param/*`: the derivatives of the sum of output times cotangent.
 """
 
+import fnmatch
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoo
+from zoo.registry import record
 from zoo.weights.convert import forwards
 
 NO_TOLERANCE_STATED = {"rtol": 1e-4, "atol": 1e-5}
@@ -44,7 +46,8 @@ def find_cases(folder: Path) -> list[Path]:
 
 def gradient_tolerance(meta: dict[str, Any]) -> tuple[float, float]:
     """(share of the largest reference entry, absolute part) that a gradient array may be off by."""
-    stated = re.search(r"([0-9.e-]+)\s*\*\s*max\|ref\w*\|(?:\s*\+\s*([0-9.e-]+))?", meta.get("grad_tol", ""))
+    words = str(meta.get("grad_tol", meta.get("grad_rtol", "")))
+    stated = re.search(r"([0-9.e-]+)\s*(?:\*|of)\s*max\|(?:ref\w*|grad)\|(?:\s*\+\s*([0-9.e-]+))?", words)
     if stated:
         return float(stated[1]), float(stated[2] or 0.0)
     return float(meta.get("grad_rtol", meta.get("rtol", NO_TOLERANCE_STATED["rtol"]))), float(
@@ -52,12 +55,22 @@ def gradient_tolerance(meta: dict[str, Any]) -> tuple[float, float]:
     )
 
 
+def scaled_outputs(meta: dict[str, Any]) -> tuple[re.Pattern, float]:
+    """(names of the outputs that are measured against their largest entry instead of one by one, the share)."""
+    stated = re.search(r"for ([^:]+): max\|diff\| <= ([0-9.e-]+)\s*\*\s*max\|ref\|", meta.get("tol_rule", ""))
+    if not stated:
+        return re.compile("(?!)"), 0.0
+    names = re.split(r", | and ", stated[1])
+    return re.compile("|".join(fnmatch.translate(name.strip()) for name in names)), float(stated[2])
+
+
 def mismatches(case: Case) -> Iterator[str]:
     """One line for every array that is not what the official code computed."""
     meta = case.meta
     slug, module = meta["slug"], meta["module"]
-    bridge = zoo.paper(slug).bridge(module)
-    params, inputs, cotangents = case.group("param"), case.group("input"), case.group("cotangent")
+    bridge = record(slug).bridge(module)
+    params, cotangents = case.group("param"), case.group("cotangent")
+    inputs = {name: jnp.asarray(value) for name, value in case.group("input").items()} | meta.get("call_kwargs", {})
     model, variables = zoo.from_official(slug, meta["hparams"], params, module=module)
 
     back = zoo.to_official(slug, model, variables, module=module)
@@ -71,18 +84,23 @@ def mismatches(case: Case) -> Iterator[str]:
     @jax.jit
     def run(chosen_params, chosen_inputs):
         outputs = bridge.call(model, forwards(table, params | chosen_params), inputs | chosen_inputs)
-        return sum(jnp.sum(outputs[k] * c) for k, c in cotangents.items()), outputs
+        return sum((jnp.sum(outputs[k] * c) for k, c in cotangents.items()), jnp.zeros(())), outputs
 
     with jax.default_matmul_precision("highest"):
         chosen = ({k: params[k] for k in grad_params}, {k: inputs[k] for k in grad_inputs})
         (_, outputs), gradients = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(*chosen)
 
     rtol, atol = (float(meta.get(k, v)) for k, v in NO_TOLERANCE_STATED.items())
+    scaled, scaled_share = scaled_outputs(meta)
     for name, expected in case.group("output").items():
         if name not in outputs:
             yield f"output {name}: not computed"
         elif np.shape(outputs[name]) != expected.shape:
             yield f"output {name}: shape {np.shape(outputs[name])} instead of {expected.shape}"
+        elif scaled.fullmatch(name):
+            error = float(np.max(np.abs(np.asarray(outputs[name]) - expected), initial=0.0))
+            if not error <= scaled_share * np.max(np.abs(expected), initial=0.0):
+                yield f"output {name}: off by {error:.2e} where the largest is {np.abs(expected).max():.2e}"
         elif not np.allclose(outputs[name], expected, rtol=rtol, atol=atol):
             yield f"output {name}: off by {np.max(np.abs(np.asarray(outputs[name]) - expected)):.2e}"
 

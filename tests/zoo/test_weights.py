@@ -125,6 +125,20 @@ def test_pickles_are_never_opened(tmp_path):
     refused(tmp_path / "objects.npz", "holds pickled objects, which are never opened")
 
 
+@pytest.mark.parametrize("length", [0x80, 0x4B50])  # the header's length begins as pickles and zip files do
+def test_a_header_of_any_length_is_read(tmp_path, length):
+    path, x = tmp_path / "x.safetensors", np.arange(3, dtype=np.float32)
+    save_file({"x": x}, path)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    note = "n" * (length - size - len(',"__metadata__":{"note":""}'))
+    save_file({"x": x}, path, metadata={"note": note})
+    assert abs(int.from_bytes(path.read_bytes()[:8], "little") - length) <= 8
+    data = path.read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")].rstrip().ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header + x.tobytes())
+    chex.assert_trees_all_equal(read_tensors(path)[0]["x"], x)
+
+
 def test_damaged_and_foreign_files_are_refused(model_and_variables, tmp_path):
     path = tmp_path / "m.safetensors"
     zoo.save(path, *model_and_variables)

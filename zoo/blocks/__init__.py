@@ -1,5 +1,20 @@
 """Flax modules that several papers use."""
 
-from zoo.blocks.basic import ActivationDropout, Dropout, Linear
+from zoo.blocks.basic import ActivationDropout, BatchNorm, CausalConv, Dropout, Linear, RMSNorm
+from zoo.blocks.mamba import Mamba, Mamba2, MambaState
+from zoo.blocks.stack import Execution, execution, stack
 
-__all__ = ["ActivationDropout", "Dropout", "Linear"]
+__all__ = [
+    "ActivationDropout",
+    "BatchNorm",
+    "CausalConv",
+    "Dropout",
+    "Execution",
+    "Linear",
+    "Mamba",
+    "Mamba2",
+    "MambaState",
+    "RMSNorm",
+    "execution",
+    "stack",
+]

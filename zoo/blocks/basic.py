@@ -5,16 +5,33 @@ from functools import partial
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 import layers
 
-__all__ = ["ActivationDropout", "Dropout", "Linear", "activation_function", "torch_uniform"]
+__all__ = [
+    "ActivationDropout",
+    "BatchNorm",
+    "CausalConv",
+    "Dropout",
+    "Linear",
+    "RMSNorm",
+    "activation_function",
+    "torch_uniform",
+]
 
 _ACTIVATIONS: dict[str, Callable] = {
     "gelu": layers.gelu,
     "gelu_tanh": partial(layers.gelu, approximate=True),
+    "identity": lambda x: x,
+    "leaky_relu": jax.nn.leaky_relu,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jax.numpy.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
     "tanh": jax.numpy.tanh,
 }
@@ -63,18 +80,99 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis; starts as torch.nn.Linear does unless `kernel_init` says otherwise."""
+    """y = x W + b over the last axis; starts as torch.nn.Linear does unless initialisers say otherwise."""
 
     features: int
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         start = torch_uniform(x.shape[-1])
         kernel = self.param("kernel", self.kernel_init or start, (x.shape[-1], self.features))
         y = matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], self.features)
-        return y + self.param("bias", start, (self.features,)) if self.use_bias else y
+        return y + self.param("bias", self.bias_init or start, (self.features,)) if self.use_bias else y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + epsilon) times a learned scale, in float32; `unit_offset` stores the scale less one.
+
+    The mean is over all channels, or over each of several `groups` of neighbouring ones.
+    """
+
+    epsilon: float = 1e-6
+    unit_offset: bool = False
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        start = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],)).astype(jax.numpy.float32) + float(self.unit_offset)
+        wide = x.astype(jax.numpy.float32).reshape(*x.shape[:-1], self.groups, -1)
+        inverse = jax.lax.rsqrt(jax.numpy.mean(jax.numpy.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return ((wide * inverse).reshape(x.shape) * scale).astype(x.dtype)
+
+
+class CausalConv(nn.Module):
+    """activation(causal depthwise convolution of x), and its state: the last inputs.
+
+    Where `present` is False, x counts as 0. Such places at the end leave the state as it was.
+    """
+
+    width: int  # taps
+    activation: str = "silu"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], state: Float[Array, "B P D"] | None, present: Bool[Array, "B L"] | None = None
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B P D"]]:
+        start, lengths = torch_uniform(self.width), None
+        kernel = self.param("kernel", start, (self.width, 1, x.shape[-1]))
+        bias = self.param("bias", start, (x.shape[-1],)) if self.use_bias else None
+        if present is not None:
+            x = jnp.where(present[..., None], x, 0)
+            lengths = jnp.max(jnp.where(present, jnp.arange(x.shape[1]) + 1, 0), axis=-1)
+        y, grown = layers.causal_depthwise_conv(
+            x, kernel[:, 0], bias=bias, initial_state=state, lengths=lengths, return_state=True
+        )
+        return activation_function(self.activation)(y), grown if state is None else grown.astype(state.dtype)
+
+
+class BatchNorm(nn.Module):
+    """torch.nn.BatchNorm over all axes but the last: scale (x - mean) / sqrt(var + epsilon) + bias in float32.
+
+    Training normalises by the batch and moves the running statistics of `batch_stats` a share `momentum` towards it,
+    its variance unbiased there; otherwise the running ones serve. `count` is the number of such moves.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B C"], *, train: bool) -> Float[Array, "*B C"]:
+        size = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, size)
+        var = self.variable("batch_stats", "var", jnp.ones, size)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        scale = self.param("scale", self.scale_init, size)
+        bias = self.param("bias", nn.initializers.zeros, size)
+        wide = x.astype(jnp.float32)
+        if not train:
+            center, spread = mean.value, var.value
+        else:
+            axes = tuple(range(x.ndim - 1))
+            center, spread = jnp.mean(wide, axis=axes), jnp.var(wide, axis=axes)
+            number = x.size // x.shape[-1]
+            if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+                unbiased = spread * (number / max(number - 1, 1))
+                mean.value += self.momentum * (center - mean.value)
+                var.value += self.momentum * (unbiased - var.value)
+                count.value += 1
+        inverse = jax.lax.rsqrt(spread.astype(jnp.float32) + self.epsilon)
+        return ((wide - center) * inverse * scale + bias).astype(x.dtype)
 
 
 class Dropout(nn.Module):

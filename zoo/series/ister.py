@@ -9,6 +9,7 @@ calendar tokens, whose outputs the official code computes and drops, are left ou
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import layers
-from zoo.blocks import ActivationDropout, Dropout, Linear
+from zoo.blocks import ActivationDropout, Dropout, Linear, stack
 from zoo.paper import Official, Paper
 from zoo.tasks import forecasting
 from zoo.tasks.task import Batch
@@ -35,11 +36,11 @@ class Config:
     num_layers: int = 2  # encoder layers of the seasonal branch
     num_heads: int = 8  # no effect, see the module's docstring
     moving_average: int = 25  # K, odd: the window of the trend
-    dropout_rate: float = 0.1
+    dropout_rate: float = 0.1  # of tokens, attention outputs and feed-forward layers
     trend_dropout_rate: float = 0.1  # of the trend MLP, fixed in the official code
     activation: str = "gelu"  # of the feed-forward layers only: gelu | relu
-    layer_norm_epsilon: float = 1e-5
-    instance_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: float = 1e-5  # added to the variance under the root
+    instance_norm_epsilon: float = 1e-5  # likewise, of each series of a window
 
 
 class DotAttentionBlock(nn.Module):
@@ -105,10 +106,10 @@ class Model(nn.Module):
             marks = jnp.swapaxes(batch["x_mark"], 1, 2).astype(seasonal.dtype)
             seasonal = jnp.concatenate([seasonal, marks], axis=1)  # and one per calendar feature: (B, N + F, L)
         tokens = Dropout(c.dropout_rate)(Linear(c.d_model, name="season_embedding")(seasonal), train=train)
-        for i in range(c.num_layers):
-            # Calendar tokens inform the variates through attention; after the last layer's they have no reader.
-            keep = variates if i == c.num_layers - 1 else None
-            tokens = EncoderLayer(c, keep, name=f"layers_{i}")(tokens, train=train)
+        tokens = stack(self, partial(EncoderLayer, c), c.num_layers - 1, tokens, train=train)
+        # Calendar tokens inform the variates through attention; after the last layer's they have no reader.
+        last = partial(EncoderLayer, c, variates)
+        tokens = stack(self, last, 1, tokens, first=c.num_layers - 1, train=train)
         tokens = nn.LayerNorm(epsilon=c.layer_norm_epsilon, name="encoder_norm")(tokens[:, :variates])
 
         trend = Linear(c.d_model, name="trend_embedding")(jnp.swapaxes(trend, 1, 2))

@@ -21,7 +21,8 @@ class Task:
     `loss(outputs, batch)` gives the mean training loss and further named scalars; `metrics(outputs, batch)` gives each
     metric as one number per example, so that any split into batches averages to the same result. `metric` names the
     one that decides between checkpoints. `baselines` predict without a model, from the batch alone.
-    `pad(batch)`, for tasks with variable sizes, adds padding that must not change the outputs of the real part.
+    `pad(batch)`, for tasks with variable sizes, gives the batch with padding that must not change the outputs of the
+    real part, and a function that takes this part out of outputs.
     """
 
     name: str
@@ -30,6 +31,6 @@ class Task:
     metric: str
     lower_is_better: bool = True
     baselines: Mapping[str, Callable[[Batch], Any]] = field(default_factory=dict)
-    pad: Callable[[Batch], Batch] | None = None
+    pad: Callable[[Batch], tuple[Batch, Callable[[Any], Any]]] | None = None
     picture: Callable[[Batch, Any], "Figure"] | None = None
     picture_name: str = "prediction.png"

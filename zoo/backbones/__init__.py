@@ -1,0 +1,1 @@
+"""Architectures that papers build on and that people hold weights for: see `zoo.backbones()`."""

@@ -1,0 +1,1 @@
+"""Papers on agents: where they go and what they decide."""

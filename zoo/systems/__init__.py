@@ -1,0 +1,1 @@
+"""Papers on how models are trained and run, rather than on what they compute."""
