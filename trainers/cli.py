@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from trainers.host_memory import keep_freed_memory
 from zoo.catalogue import closest, entries, entry
 from zoo.errors import UserError
 
@@ -48,9 +50,10 @@ def list_(
     if data:
         from trainers.data import DATASETS
 
-        table = Table("data set", "task", "what", "licence", title="data sets")
+        table = Table("data set", "task", "size", "what", "licence", title=f"{len(DATASETS)} data sets")
         for name, facts in DATASETS.items():
-            table.add_row(name, facts.task, facts.description, facts.licence)
+            names = "\n".join([name, *(f"  /{member}" for member in facts.members), *["  /..."] * facts.other_members])
+            table.add_row(names, facts.task, facts.size, facts.description, facts.licence)
         console.print(table)
         return
     from zoo.registry import papers
@@ -108,39 +111,116 @@ def show(paper: Slug) -> None:
     console.print(f"\ntrain it:  zoo train {paper}", highlight=False)
 
 
-def train(argv: Sequence[str]) -> None:
-    from trainers.loop import train as run_training
-    from trainers.recipe import Recipe, recipe_for
+def _starting_recipe(command: str, argv: Sequence[str], wants_help: bool) -> tuple[Any, list[str]]:
+    """The recipe that `[PAPER] [--config NAME | --config-file FILE]` names, and the other arguments."""
+    from trainers.recipe import recipe_for, recipe_from_file
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("paper", nargs="?")
-    first.add_argument("--config", default="tiny")
-    known, rest = first.parse_known_args(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config")
+    first.add_argument("--config-file")
+    try:
+        known, rest = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"zoo {command}: {error.argument_name} wants a value") from error
+    paper = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if known.config_file is not None:
+        recipe = recipe_from_file(known.config_file)
+        if paper not in (None, recipe.paper):
+            raise UserError(f"--config-file {known.config_file} is a recipe of {recipe.paper}, not of {paper}")
+        if known.config is not None:
+            raise UserError(
+                f"--config {known.config} and --config-file {known.config_file} both say where to start: give one"
+            )
+        return recipe, rest
+    if paper is None and not wants_help:
+        raise UsageError(f"zoo {command} needs the name of a paper, for example: zoo {command} ister")
+    return recipe_for(paper or "ister", known.config or "tiny"), rest
+
+
+def _recipe_arguments(command: str, argv: Sequence[str], about: str, **own: tuple[type, Any, str]) -> Any:
+    """A parsed command line PAPER [--config NAME] [fields of its recipe] [options of the command itself]."""
+    from trainers.recipe import Recipe
+
     wants_help = "-h" in argv or "--help" in argv
-    if known.paper is None and not wants_help:
-        raise UsageError("zoo train needs the name of a paper, for example: zoo train ister")
-    slug = known.paper if known.paper is not None else "ister"
-    recipe = recipe_for(slug, known.config)
+    recipe, rest = _starting_recipe(command, argv, wants_help)
+    slug = recipe.paper
+    config_file = {
+        "config_file": (str | None, None, "Start from the recipe in this yaml file, e.g. a run folder's recipe.yaml.")
+    }
 
     arguments = dataclasses.make_dataclass(
-        "Train",
+        command.capitalize(),
         [
             (
                 "recipe",
                 Annotated[Recipe[type(recipe.model)], tyro.conf.arg(name="")],
                 dataclasses.field(default=recipe),
             ),
-            ("workdir", str, dataclasses.field(default=f"runs/{slug}")),
+            *(
+                (name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=default))
+                for name, (kind, default, text) in (own | config_file).items()
+            ),
         ],
     )
-    arguments.__doc__ = "Arguments:\n    workdir: The run folder; the same command again goes on where it stopped."
+    arguments.__doc__ = ""
     if wants_help:
         print(
-            "usage: zoo train PAPER [--config NAME] [OPTIONS]\n\nTrain a paper's model, or go on with its run. "
-            f"Below, the defaults of\n`zoo train {slug} --config {known.config}`; `zoo show {slug}` lists them.\n"
+            f"usage: zoo {command} PAPER [--config NAME | --config-file FILE] [OPTIONS]\n\n{about}\n"
+            f"Below, the defaults of `zoo {command} {slug} --config {recipe.config}`; `zoo show {slug}` lists them.\n"
         )
-    parsed = _parse(arguments, rest, prog=f"zoo train {slug}")
-    run_training(parsed.recipe, epath.Path(parsed.workdir).expanduser())
+    return _parse(arguments, rest, prog=f"zoo {command} {slug}")
+
+
+def train(argv: Sequence[str]) -> None:
+    from trainers import distributed
+    from trainers.loop import train as run_training
+    from trainers.recipe import save_recipe
+
+    parsed = _recipe_arguments(
+        "train",
+        argv,
+        "Train a paper's model, or go on with its run.",
+        workdir=(
+            str | None,
+            None,
+            "The run folder (default: runs/PAPER); the same command again goes on where it stopped.",
+        ),
+        save_config=(str | None, None, "Write the recipe that these options make to this yaml file, and do not train."),
+        profile=(bool, False, "Write a trace of a few steps into the run folder."),
+        coordinator=(
+            str | None,
+            None,
+            "Of several processes: host:port of the first. Not needed on Cloud TPU, GKE and Slurm.",
+        ),
+        process=(str | None, None, "Of several processes: which one this is, the first of four being 0/4."),
+    )
+    if parsed.save_config is not None:
+        save_recipe(parsed.recipe, parsed.save_config)
+        print(f"wrote {parsed.save_config}")
+        return
+    workdir = epath.Path(parsed.workdir or f"runs/{parsed.recipe.paper}").expanduser()
+    distributed.connect(parsed.coordinator, parsed.process)
+    try:
+        run_training(parsed.recipe, workdir, profile=parsed.profile)
+    except UserError as error:
+        if distributed.several():  # waiting for the others to say good-bye would take minutes
+            print(f"zoo: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        raise
+
+
+def compile_(argv: Sequence[str]) -> None:
+    from trainers.compile import compile_recipe
+
+    parsed = _recipe_arguments(
+        "compile",
+        argv,
+        "Compile the training step of a recipe, without data and, for a TPU, without one: memory of each device,\n"
+        "arithmetic, communication, the least time of a step and what limits it, as text and json.",
+        topology=(str, "local", "The devices: local, or a TPU slice such as v5e:4x4, v5p:2x2x1, v6e:4x4."),
+        output=(str, "runs/compile", "Folder for the report; earlier ones stay."),
+    )
+    compile_recipe(parsed.recipe, topology=parsed.topology, output=Path(parsed.output).expanduser())
 
 
 def eval_(paper: Slug, workdir: str | None = None, data_dir: str | None = None) -> None:
@@ -185,28 +265,36 @@ def convert(
     paper: str | None = None,
     config: str = "tiny",
     hparams: str | None = None,
-    to: Literal["zoo", "official"] = "zoo",
+    to: Literal["zoo", "official", "hf"] = "zoo",
+    dtype: str | None = None,
 ) -> None:
-    """Convert weights: official file to ours, ours to official, or between our formats.
+    """Convert weights: official file or hub folder to ours, ours to official, or between our formats.
 
-    SOURCE is a run folder, a model saved by the zoo, or (with --paper) a file of official weights. DESTINATION ends in
-    .safetensors or .npz, or is a folder to be made (Orbax). Existing files are never overwritten.
+    SOURCE is a run folder, a model saved by the zoo, a folder or repository in the hub's layout (config.json and
+    safetensors), or (with --paper) a file of official weights. DESTINATION ends in .safetensors or .npz, or is a folder
+    to be made: Orbax, or with --to hf the hub's layout. Existing files are never overwritten.
 
     Args:
-        source: Weights to read: a path, gs://..., or hf://owner/name/file.
+        source: Weights to read: a path, gs://..., hf://owner/name or hf://owner/name/file.
         destination: Where to write.
-        paper: SOURCE holds official weights of this paper.
+        paper: SOURCE holds official weights of this paper (or backbone_NAME) and no config.json.
         config: Which of the paper's configurations they belong to.
         hparams: A json file with the official constructor arguments, instead of --config.
-        to: Names and layout of the result: zoo, or official (.safetensors or .npz only).
+        to: Names and layout of the result: zoo, official (.safetensors or .npz only), or hf (a folder; backbones only).
+        dtype: The type that the floating weights take, such as bfloat16 (default: the one they have).
     """
     import json
+
+    import jax
+    import jax.numpy as jnp
 
     import zoo
     from zoo.weights.io import load_official, save_official
 
+    if dtype is not None and dtype not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"--dtype {dtype} is not one of float32, float16, bfloat16")
     if paper is None:
-        model, variables = zoo.load(source)
+        model, variables = zoo.load(source, dtype=dtype)
     else:
         settings = None
         if hparams is not None:
@@ -215,17 +303,120 @@ def convert(
             except (OSError, ValueError) as error:
                 raise UserError(f"--hparams {hparams} is not a readable json file: {error}") from error
         model, variables = load_official(source, paper, hparams=settings, config=config)
-    (save_official if to == "official" else zoo.save)(destination, model, variables)
+        if dtype is not None:
+            cast = jnp.dtype(dtype)
+            variables = jax.tree.map(
+                lambda x: x.astype(cast) if jnp.issubdtype(x.dtype, jnp.floating) else x, variables
+            )
+    if to == "official":
+        save_official(destination, model, variables)
+    else:
+        zoo.save(destination, model, variables, layout=to)
     print(f"wrote {destination}")
 
 
+def compare(
+    papers: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="PAPER[:CONFIG] ...", help="Papers of one task, or one paper in several configs."),
+    ] = (),
+    data: str = "standin",
+    data_dir: str | None = None,
+    seeds: int = 3,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    config: str | None = None,
+    workdir: str | None = None,
+) -> None:
+    """Train several papers of one task on the same data under equal budget; writes a table and a plot.
+
+    Each paper keeps its own model and optimiser; data, batch size, steps and seeds are the same, nobody stops early,
+    and the best weights by the validation split are tested. What is not given is as in the recipe of the first one,
+    and so is what an example is (for forecasting, look-back and horizon). The same command again goes on where it
+    stopped, and with more seeds trains only the new ones. WORKDIR gets comparison.csv, comparison.png and a run folder
+    for each paper and seed.
+
+    Args:
+        data: The data set; `zoo list --data` shows them.
+        data_dir: A folder that holds its original files.
+        seeds: How many runs of each: seeds 0, 1, ...
+        steps: Optimiser steps of each run.
+        epochs: Passes over the training split, instead of steps.
+        batch_size: Examples a step.
+        config: The config of the papers that are named without one, which each of them must have (default: tiny).
+        workdir: The folder (default: runs/compare-PAPERS-DATA).
+    """
+    from trainers import distributed
+    from trainers.compare import compare as run_comparison
+    from trainers.compare import contenders
+
+    if not papers:
+        raise UsageError("zoo compare needs the names of papers, for example: zoo compare ister:tiny ister:ettm1")
+    chosen = contenders(
+        papers, data=data, data_dir=data_dir, config=config, steps=steps, epochs=epochs, batch_size=batch_size
+    )
+    distributed.connect(None, None)
+    names = "-".join(contender.name.replace(":", "-") for contender in chosen)
+    folder = epath.Path(workdir or f"runs/compare-{names}-{data.replace('/', '-')}").expanduser()
+    run_comparison(chosen, seeds=seeds, workdir=folder)
+
+
+def bench(argv: Sequence[str]) -> None:
+    if argv[:1] == ["layers"]:
+        return _parse(_deferred(bench_layers), argv, prog="zoo bench")()
+    from trainers.bench import bench_paper
+
+    parsed = _recipe_arguments(
+        "bench",
+        argv,
+        "Time a paper's model on this machine's devices: the forward pass and a training step of its recipe, as a\n"
+        "table and a csv. `zoo bench layers` times the primitives of `layers` instead: see `zoo bench layers --help`.",
+        output=(str, "runs/bench", "Folder for the csv; earlier ones stay."),
+    )
+    bench_paper(parsed.recipe, output=Path(parsed.output).expanduser())
+
+
+def bench_layers(
+    what: Annotated[Literal["layers"], tyro.conf.Positional, tyro.conf.arg(metavar="layers")],
+    only: tuple[str, ...] = (),
+    sizes: tuple[int, ...] = (1024, 4096, 16384, 65536),
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seconds: float = 10.0,
+    output: str = "runs/bench",
+) -> None:
+    """Time the primitives of `layers` on this machine's default device: a line each, a csv and a plot.
+
+    For every primitive and length, forward and forward+backward: median time, GFLOP/s of the equation's matrix
+    products, GB/s of arguments and results, compile time, peak memory, and how much of what the machine's own measured
+    rates allow was reached; then the exponent with which time grows with length.
+
+    Args:
+        what: layers.
+        only: Names of primitives, e.g. --only attention delta_rule (default: all).
+        sizes: Lengths in tokens.
+        dtype: Of the float inputs.
+        seconds: Leave out a length whose single call should take longer.
+        output: Folder for the csv and the plot; earlier ones stay.
+    """
+    from trainers import layer_bench
+
+    layer_bench.bench_layers(only=only, sizes=sizes, dtype=dtype, seconds=seconds, output=Path(output))
+
+
+# These read their own command line: their options depend on the paper.
+_OF_A_RECIPE = (train, bench, compile_)
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "list": (list_, "the papers of the zoo, and the data sets (--data)"),
     "show": (show, "one paper: source, fidelity, configurations, results"),
     "train": (train, "train a paper's model; the same command again resumes"),
     "eval": (eval_, "test metrics of a trained run"),
     "predict": (predict, "predict with a trained run"),
-    "convert": (convert, "weights between official files and the zoo's formats"),
+    "compare": (compare, "train several papers on the same data under equal budget: a table and a plot"),
+    "bench": (bench, "time a paper's forward pass and training step, or the primitives of layers"),
+    "compile": (compile_, "memory, communication and least time of a training step, for machines you need not have"),
+    "convert": (convert, "weights between official files, the hub's folders and the zoo's formats"),
 }
 
 
@@ -292,8 +483,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if name not in COMMANDS:
             raise UsageError(f"zoo has no command {name!r}{closest(name, COMMANDS)}")
+        keep_freed_memory()
         command = COMMANDS[name][0]
-        if name == "train":
+        if command in _OF_A_RECIPE:
             command(rest)
         else:
             _parse(_deferred(command), rest, prog=f"zoo {name}")()
@@ -305,9 +497,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print(f"zoo: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nzoo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        # A training run that was stopped says how far it came and what its exit code is (trainers.faults).
+        what = str(stop) or "interrupted"
+        print(f"\nzoo: {what}; resume with: {shlex.join(['zoo', *argv])}", file=sys.stderr)
+        sys.exit(getattr(stop, "exit_code", 130))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import pickle
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -93,6 +95,29 @@ def test_evaluates_and_predicts(trained, tmp_path, capsys):
     assert (tmp_path / "p.png").exists()
 
 
+def test_converts_between_the_hub_and_ours(tmp_path, capsys):
+    model = zoo.create("backbone_llama", "tiny")
+    variables = model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+    zoo.save(tmp_path / "hub", model, variables, layout="hf")
+    for source, target, *options in (
+        ("hub", "ours.safetensors"),
+        ("ours.safetensors", "orbax"),
+        ("orbax", "again", "--to", "hf"),
+        ("orbax", "low", "--to", "hf", "--dtype", "bfloat16"),
+        ("hub", "official.safetensors", "--to", "official"),
+        ("official.safetensors", "back.safetensors", "--paper", "backbone_llama"),
+    ):
+        assert run("convert", str(tmp_path / source), str(tmp_path / target), *options) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hub" / name).read_bytes()
+    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
+    assert {str(x.dtype) for x in jax.tree.leaves(zoo.load(tmp_path / "low")[1])} == {"bfloat16"}
+    assert run("convert", str(tmp_path / "hub"), str(tmp_path / "low"), "--to", "hf") == 1
+    assert "exists already" in capsys.readouterr().err
+    assert run("convert", str(tmp_path / "hub"), str(tmp_path / "x"), "--dtype", "int4") == 1
+    assert "--dtype int4 is not one of float32" in capsys.readouterr().err
+
+
 def test_converts_there_and_back(trained, tmp_path, capsys):
     official, ours = tmp_path / "official.safetensors", tmp_path / "ours"
     assert run("convert", str(trained), str(official), "--to", "official") == 0
@@ -145,6 +170,10 @@ BAD = {
     "window longer than the series": (["ister", "--model.horizon", "3000"], r"a window of 96 \+ 3000 rows is longer"),
     "batch larger than the data": (["ister", "--batch-size", "100000"], "100000 is larger than the training split"),
     "no batch at all": (["ister", "--batch-size", "0"], "batch-size must be at least 1, not 0"),
+    "no parts for a learned optimiser": (
+        ["ister", "--optimizer.name", "meta_adamw", "--batch-size", "3"],
+        "meta_adamw learns from four parts of a batch: batch-size 3 is below 4",
+    ),
     "even window": (["ister", "--model.moving-average", "24"], "window 24 is not a positive odd number"),
     "unknown activation": (["ister", "--model.activation", "swich"], "activation 'swich' is unknown"),
     "unknown axis": (["ister", "--mesh", "dta=8"], "mesh 'dta=8' names an unknown axis 'dta'; did you mean 'data'"),

@@ -12,7 +12,6 @@ import pytest
 
 import zoo
 from trainers.data import DATASETS, load_forecasting
-from trainers.data.csv_series import read_csv_series
 from trainers.data.forecasting import calendar_marks, load_series, split_borders
 from trainers.data.standins import forecasting_standin
 
@@ -205,7 +204,7 @@ def test_a_truncated_archive(tmp_path):
     path = tmp_path / "ETTh1.csv.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(zoo.UserError, match="is damaged, it cannot be unpacked"):
-        read_csv_series(path, ETT)
+        load_series("ett_h1", str(tmp_path))
 
 
 def test_a_folder_without_the_file(tmp_path):
@@ -241,8 +240,8 @@ def test_downloads_from_the_original_home_and_keeps_the_copy(whole, monkeypatch,
     first = load_series("ett_h1", None)
     (tmp_path / "fetched.csv").unlink()
     again = load_series("ett_h1", None)
-    assert asked == [ETT.url]
-    assert ETT.url.startswith("https://raw.githubusercontent.com/zhouhaoyi/ETDataset/")
+    assert asked == [*ETT.urls]
+    assert ETT.urls[0].startswith("https://raw.githubusercontent.com/zhouhaoyi/ETDataset/")
     chex.assert_trees_all_equal(first.values, again.values)
     chex.assert_trees_all_equal(first.times, again.times)
 

@@ -3,12 +3,9 @@
 import dataclasses
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import chex
 import jax
@@ -16,11 +13,11 @@ import numpy as np
 import pytest
 from etils import epath
 from rich.console import Console
-from safetensors.numpy import load_file
 
 import zoo
-from trainers.checkpoints import RunCheckpoints
-from trainers.loop import epoch_order, evaluate_run, read_recipe, train
+from trainers.feed import epoch_order
+from trainers.logs import TIMES
+from trainers.loop import evaluate_run, read_recipe, train
 from trainers.predict import predict_run
 from trainers.recipe import Evaluation, Optimizer, Recipe, named_recipes, recipe_for
 
@@ -32,7 +29,7 @@ SHORT = dataclasses.replace(
 
 def metrics(workdir, *, timing=False):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return rows if timing else [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
+    return rows if timing else [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +49,7 @@ def test_leaves_what_the_plan_names(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "recipe.yaml", "metrics.jsonl", "checkpoints", "curves.png", "forecast.png", "model.safetensors", "tensorboard",
+        "sharding.txt",
     }  # fmt: skip
     rows = metrics(workdir, timing=True)
     assert [row["step"] for row in rows if "train/loss" in row] == [10, 20, 30, 40, 50, 60]
@@ -142,18 +140,11 @@ def test_stops_early_and_keeps_the_best(tmp_path):
     best = min(valid, key=valid.get)
     assert rows[-1]["best_step"] == best
     assert max(valid) == best + 2 * 20 < 400
-    # Its checkpoint is still there, and so is the last.
+    # Its checkpoint is still there, and so are the last two.
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
-    assert kept == {best, max(valid)}
+    assert kept == {best, max(valid) - 20, max(valid)}
     again = train(recipe, workdir, console=QUIET)
     assert again["test/mse"] == rows[-1]["test/mse"]
-
-
-def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
-    recipe = dataclasses.replace(SHORT, optimizer=Optimizer(name="sgd", learning_rate=1e30, schedule="constant"))
-    with pytest.raises(zoo.UserError, match=r"the loss became (nan|inf) before step .*--optimizer\.learning-rate"):
-        train(recipe, epath.Path(tmp_path) / "run", console=QUIET)
-    json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def test_the_order_of_the_data_is_a_permutation_by_seed_and_epoch():
@@ -172,27 +163,17 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def start(workdir):
-    environment = os.environ | {"XLA_FLAGS": ""}
-    return subprocess.Popen(
+def finish(workdir) -> str:
+    done = subprocess.run(
         [*COMMAND, "--workdir", str(workdir)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=os.environ | {"XLA_FLAGS": ""},
+        timeout=300,
     )
-
-
-def finish(workdir) -> str:
-    process = start(workdir)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def steps_done(workdir) -> int:
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count("train/loss") * 4 if path.exists() else 0
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -200,39 +181,6 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     finish(workdir)
     return workdir
-
-
-def state_of(workdir):
-    """The last checkpoint's whole state, bit for bit."""
-    recipe = read_recipe(epath.Path(workdir))
-    from trainers.loop import prepare
-
-    program = prepare(recipe).program
-    checkpoints = RunCheckpoints(epath.Path(workdir) / "checkpoints", keep_best=1, lower_is_better=True)
-    state, _ = checkpoints.restore(checkpoints.latest_step, program.state_shapes, program.state_shardings)
-    checkpoints.close()
-    return jax.device_get(state)
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_bits(uninterrupted, tmp_path):
-    generator = random.Random()
-    seed = generator.randrange(10**6)
-    generator.seed(seed)
-    print(f"seed {seed}")
-    workdir = tmp_path / "run"
-    for target in sorted(generator.sample(range(4, 190), 2)):
-        process = start(workdir)
-        deadline = time.time() + 120
-        while steps_done(workdir) < target and process.poll() is None and time.time() < deadline:
-            time.sleep(0.005)
-        time.sleep(generator.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    finish(workdir)
-    assert metrics(workdir) == metrics(uninterrupted)
-    ours, theirs = (load_file(w / "model.safetensors") for w in (workdir, uninterrupted))
-    chex.assert_trees_all_equal(ours, theirs)
-    chex.assert_trees_all_equal(state_of(workdir), state_of(uninterrupted))
 
 
 def test_a_save_cut_off_half_way_is_ignored_and_said(uninterrupted, tmp_path):
@@ -249,21 +197,6 @@ def test_a_save_cut_off_half_way_is_ignored_and_said(uninterrupted, tmp_path):
     assert f"ignored an interrupted save of step {last}" in output
     assert not half.exists()
     assert metrics(workdir) == metrics(uninterrupted)
-
-
-def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(uninterrupted, workdir)
-    checkpoints = workdir / "checkpoints"
-    last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
-    for path in (checkpoints / str(last) / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"garbage")
-    process = start(workdir)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "is damaged or belongs to another model" in output
-    assert "Traceback" not in output
 
 
 def test_a_recipe_is_the_same_after_yaml():

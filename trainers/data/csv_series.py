@@ -1,18 +1,14 @@
-"""Reading a multivariate series from a csv, plain or gzip, with errors that name the row and column at fault."""
+"""Parsing a multivariate series from a csv, with errors that name the row and column at fault."""
 
 import csv
-import gzip
-import os
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from etils import epath
 
 from trainers.data.catalogue import DatasetFacts
 from zoo.errors import UserError
 
-__all__ = ["RawSeries", "find_file", "read_csv_series"]
+__all__ = ["RawSeries", "parse_csv_series"]
 
 
 @dataclass(frozen=True)
@@ -23,29 +19,8 @@ class RawSeries:
     times: np.ndarray
 
 
-def find_file(facts: DatasetFacts, name: str, data_dir: str) -> epath.Path:
-    """The file of that data set in a folder, under its original name with or without .gz."""
-    folder = epath.Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a folder: give the one that holds {facts.files[0]}")
-    wanted = [candidate for file in facts.files for candidate in (file, f"{file}.gz")]
-    for candidate in wanted:
-        if (folder / candidate).is_file():
-            return folder / candidate
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise UserError(f"--data-dir {data_dir} holds none of {', '.join(wanted)} (the files of {name}); it holds {there}")
-
-
-def read_csv_series(path: os.PathLike[str], facts: DatasetFacts) -> RawSeries:
+def parse_csv_series(text: str, facts: DatasetFacts, path: str) -> RawSeries:
     """Checks everything a training run relies on: columns, numbers, gaps, and that time goes forward."""
-    path = epath.Path(path)
-    raw = path.read_bytes()
-    try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is damaged, it cannot be unpacked or read as text ({error}): fetch it again"
-        ) from error
     rows = [row for row in csv.reader(text.splitlines()) if row]
     expected = (["date"] if facts.dated else []) + list(facts.columns)
     first = 1
@@ -77,7 +52,7 @@ def read_csv_series(path: os.PathLike[str], facts: DatasetFacts) -> RawSeries:
     return RawSeries(values, stamps)
 
 
-def _check_header(path: epath.Path, header: list[str], expected: list[str]) -> None:
+def _check_header(path: str, header: list[str], expected: list[str]) -> None:
     if missing := [column for column in expected if column not in header]:
         raise UserError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(header)}")
     if extra := [column for column in header if column not in expected]:
@@ -86,14 +61,14 @@ def _check_header(path: epath.Path, header: list[str], expected: list[str]) -> N
         raise UserError(f"{path} has a column twice: {', '.join(header)}")
 
 
-def _time(cell: str, path: epath.Path, line: int) -> np.datetime64:
+def _time(cell: str, path: str, line: int) -> np.datetime64:
     try:
         return np.datetime64(cell.strip().replace("/", "-").replace(" ", "T"), "s")
     except ValueError as error:
         raise UserError(f"{path}, line {line}: {cell!r} is not a date like 2016-07-01 00:00:00") from error
 
 
-def _number(cell: str, path: epath.Path, line: int, column: str) -> float:
+def _number(cell: str, path: str, line: int, column: str) -> float:
     try:
         value = float(cell)
     except ValueError:

@@ -5,24 +5,17 @@ by one; those of validation and test reach back into the rows before, so that th
 their part. Source: card ister, "Data" (arXiv:2012.07436, arXiv:2310.06625).
 """
 
-import contextlib
-import hashlib
-import importlib
-import io
-import logging
-import os
-import sys
-import urllib.request
+import dataclasses
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jaxtyping import Array, Float, Int
 
 from trainers.data.catalogue import DATASETS, DatasetFacts
-from trainers.data.csv_series import RawSeries, find_file, read_csv_series
+from trainers.data.csv_series import RawSeries
+from trainers.data.prepare import load_dataset
 from trainers.data.standins import forecasting_standin
 from zoo.catalogue import closest
 from zoo.errors import UserError
@@ -44,7 +37,7 @@ class WindowedSplit:
     def __len__(self) -> int:
         return self.starts.shape[0]
 
-    def batch(self, indices: Int[Array, " B"]) -> dict[str, Float[Array, "B _ _"]]:
+    def batch(self, indices: Int[Array | np.ndarray, " B"]) -> dict[str, Float[Array, "B _ _"]]:
         """The windows of these numbers as a forecasting batch; traceable."""
         lookback, length = self.lookback, self.lookback + self.horizon
         first = self.starts[indices]
@@ -133,8 +126,10 @@ def split_borders(rows: int, facts: DatasetFacts, lookback: int) -> dict[str, tu
 
 
 def load_forecasting(name: str, *, data_dir: str | None, lookback: int, horizon: int, seed: int = 0) -> ForecastingData:
-    """The data set of that name, scaled and cut into windows. `seed` matters to the stand-in alone."""
-    known = [key for key, facts in DATASETS.items() if facts.task == "forecasting"]
+    """The data set of that name, scaled and cut into windows; "ett_h1/OT" is its column OT alone. `seed` matters to the
+    stand-in alone."""
+    name, _, column = name.partition("/")
+    known = [key for key, facts in DATASETS.items() if facts.columns or key == "standin"]
     if name not in known:
         raise UserError(f"no forecasting data set is called {name!r}{closest(name, known)}")
     facts = DATASETS[name]
@@ -144,6 +139,10 @@ def load_forecasting(name: str, *, data_dir: str | None, lookback: int, horizon:
         raw, columns = forecasting_standin(seed), tuple(f"series {i}" for i in range(7))
     else:
         raw, columns = load_series(name, data_dir), facts.columns
+    if column:
+        if column not in columns:
+            raise UserError(f"{name} has no column {column!r}{closest(column, columns)}")
+        raw, columns = dataclasses.replace(raw, values=raw.values[:, [columns.index(column)]]), (column,)
 
     borders = split_borders(len(raw.values), facts, lookback)
     first, last = borders["train"]
@@ -167,66 +166,6 @@ def load_forecasting(name: str, *, data_dir: str | None, lookback: int, horizon:
 
 
 def load_series(name: str, data_dir: str | None) -> RawSeries:
-    """The whole series of a set, prepared once by its TFDS builder.
-
-    With `data_dir` the original file is read from there and its prepared copy kept in a cache under the file's own
-    fingerprint, so that an edited file is never mistaken for the old one and the folder itself may be read-only.
-    """
-    facts = DATASETS[name]
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(f"{name} needs tensorflow-datasets: pip install tensorflow-datasets ({error})") from error
-    from trainers.data.builders.series import SPLIT
-
-    package, _, config = facts.builder.partition("/")
-    module = importlib.import_module(f"trainers.data.builders.{package}.{package}_dataset_builder")
-    options = {"config": config} if config else {}
-    if data_dir is not None:
-        source = find_file(facts, name, data_dir)
-        fingerprint = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-        options |= {"source": source, "data_dir": os.fspath(_cache() / "tfds" / fingerprint)}
-    # TFDS talks on stdout, which belongs to results, and through absl of folders that are about to be filled.
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder = module.Builder(file_format="array_record", **options)
-        if not builder.is_prepared():
-            if data_dir is not None:
-                read_csv_series(source, facts)  # its errors are clearer alone than out of TFDS
-            else:
-                _check_reachable(name, facts)
-            tfds.disable_progress_bar()
-            try:
-                builder.download_and_prepare()
-            except UserError:
-                raise
-            except Exception as error:  # TFDS and its downloader raise many kinds
-                # Another process may have prepared the same set meanwhile: TFDS renames a finished folder into place.
-                if not builder.is_prepared():
-                    if data_dir is not None:
-                        raise UserError(f"{name} could not be prepared in {builder.data_dir}: {error}") from error
-                    raise UserError(
-                        f"{name} could not be downloaded from {facts.url} ({error}): fetch the file by hand and give "
-                        "its folder with --data-dir"
-                    ) from error
-        example = builder.as_data_source(split=SPLIT)[0]
-    return RawSeries(np.asarray(example["values"]), np.asarray(example["times"]).astype("datetime64[s]"))
-
-
-def _check_reachable(name: str, facts: DatasetFacts) -> None:
-    """Fails at once where TFDS's downloader would try for minutes."""
-    print(f"downloading {name} from {facts.url} (licence: {facts.licence})", file=sys.stderr)
-    try:
-        urllib.request.urlopen(urllib.request.Request(facts.url, method="HEAD"), timeout=20).close()
-    except OSError as error:
-        raise UserError(
-            f"{name} cannot be downloaded from {facts.url} ({getattr(error, 'reason', error)}): fetch the file by hand "
-            "and give its folder with --data-dir"
-        ) from error
-
-
-def _cache() -> epath.Path:
-    home = os.environ.get("ATTENTION_ZOO_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "attention_zoo"
-    )
-    return epath.Path(home)
+    """The whole series of a set, prepared once by its TFDS builder."""
+    example = load_dataset(name, data_dir)["series"][0]
+    return RawSeries(example["values"], example["times"].astype("datetime64[s]"))

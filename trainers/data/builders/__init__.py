@@ -1,1 +1,1 @@
-"""TFDS builders of the sets that TFDS lacks: one folder each, as TFDS wants it. No TensorFlow is needed."""
+"""TFDS builders of the sets in the catalogue, a module a family. No TensorFlow is needed."""

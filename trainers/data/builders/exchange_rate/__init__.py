@@ -1,1 +1,0 @@
-"""Exchange rates (Lai et al., arXiv:1703.07015)."""

@@ -1,1 +1,0 @@
-"""Influenza-like illness in the United States (CDC)."""
