@@ -94,6 +94,11 @@ def show(paper: Slug) -> None:
     record = zoo.paper(paper)
     for quirk in record.quirks:
         console.print(f"  - {quirk}", highlight=False)
+    if record.demo is not None:
+        configs = ", ".join(record.demo.configs)
+        console.print(f"\ncompute its claims:  zoo demo {paper}  (--config {configs})", highlight=False)
+    if record.model is None:
+        return
     recipes = named_recipes(paper)
     table = Table(
         "config", "parameters", "recipe: data", "batch", "length", title="configurations", title_justify="left"
@@ -207,6 +212,41 @@ def train(argv: Sequence[str]) -> None:
             print(f"zoo: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         raise
+
+
+def demo(argv: Sequence[str]) -> None:
+    from trainers.demo import demo_of, demonstrate
+    from zoo.paper import named_config
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", default="tiny")
+    try:
+        known, rest = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"zoo demo: {error.argument_name} wants a value") from error
+    wants_help = "-h" in argv or "--help" in argv
+    slug = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if slug is None:
+        if wants_help:
+            print(
+                "usage: zoo demo PAPER [--config NAME] [OPTIONS]\n\nCompute the claims of a paper: each measured "
+                "quantity beside its bounds, as a table, json and pictures.\nExit code 1 where one does not hold. "
+                "`zoo list --kind theory` lists papers, `zoo demo PAPER --help` the options."
+            )
+            return
+        raise UsageError("zoo demo needs the name of a paper, for example: zoo demo covariance_readout")
+    config = named_config(demo_of(slug), known.config, {}, slug=slug)
+    arguments = dataclasses.make_dataclass(
+        "Demo",
+        [
+            ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field(default=config)),
+            ("seed", Annotated[int, tyro.conf.arg(help="Of everything that is drawn at random.")], 0),
+            ("output", Annotated[str, tyro.conf.arg(help="Folder for json and pictures.")], "runs/demo"),
+        ],
+    )
+    arguments.__doc__ = f"Compute the claims of {slug}. Configs (--config): {', '.join(demo_of(slug).configs)}."
+    parsed = _parse(arguments, rest, prog=f"zoo demo {slug}")
+    demonstrate(slug, parsed.config, seed=parsed.seed, output=Path(parsed.output).expanduser())
 
 
 def compile_(argv: Sequence[str]) -> None:
@@ -406,13 +446,14 @@ def bench_layers(
 
 
 # These read their own command line: their options depend on the paper.
-_OF_A_RECIPE = (train, bench, compile_)
+_OF_A_RECIPE = (train, demo, bench, compile_)
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "list": (list_, "the papers of the zoo, and the data sets (--data)"),
     "show": (show, "one paper: source, fidelity, configurations, results"),
     "train": (train, "train a paper's model; the same command again resumes"),
     "eval": (eval_, "test metrics of a trained run"),
     "predict": (predict, "predict with a trained run"),
+    "demo": (demo, "compute a paper's claims: measured beside predicted, a table and a plot"),
     "compare": (compare, "train several papers on the same data under equal budget: a table and a plot"),
     "bench": (bench, "time a paper's forward pass and training step, or the primitives of layers"),
     "compile": (compile_, "memory, communication and least time of a training step, for machines you need not have"),

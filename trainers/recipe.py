@@ -246,7 +246,8 @@ def differences(old: Recipe, new: Recipe, *, ignore: tuple[str, ...] = ()) -> li
 def named_recipes(slug: str) -> dict[str, Recipe]:
     """The recipes of a paper by the name of their config."""
     row = entry(slug)
-    zoo.paper(slug)  # a planned paper raises its own clear error
+    if zoo.paper(slug).model is None:  # a planned paper raises its own clear error
+        raise UserError(f"{slug} has claims to compute and nothing to train: zoo demo {slug}")
     return importlib.import_module(f"trainers.recipes.{row.room}.{slug}").RECIPES
 
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 
 from zoo.catalogue import Entry, closest, entry
+from zoo.demo import Demo
 from zoo.errors import UserError
 from zoo.tasks.task import Batch, Task
 from zoo.weights.table import Table
@@ -49,10 +50,11 @@ class Paper:
     """
 
     slug: str
-    task: Task
-    configs: Mapping[str, Any]  # named configurations, "tiny" among them
-    model: Callable[[Any], nn.Module]
-    example: Callable[..., Batch]  # (config, *, batch_size, key) -> inputs and targets of the right shapes
+    task: Task | None = None  # None, like the next three, where a paper has claims to compute and no model to train
+    configs: Mapping[str, Any] = field(default_factory=dict)  # named configurations, "tiny" among them
+    model: Callable[[Any], nn.Module] | None = None
+    example: Callable[..., Batch] | None = None  # (config, *, batch_size, key) -> inputs and targets, rightly shaped
+    demo: Demo | None = None  # its claims, computed
     loss: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]] | None = None  # default: the task's
     constants: Callable[[Any, Any], dict[str, Any]] | None = None  # (config, data) -> its collection `constants`
     officials: tuple[Official, ...] = ()  # the main model first, then parts that have goldens of their own
@@ -86,18 +88,19 @@ class Paper:
         return model.init(keys, example)
 
 
-def named_config(record: Any, name: str, overrides: Mapping[str, Any]) -> Any:
-    """`record.configs[name]` with some fields replaced, for a paper or a backbone."""
+def named_config(record: Any, name: str, overrides: Mapping[str, Any], slug: str | None = None) -> Any:
+    """`record.configs[name]` with some fields replaced, for a paper, its demonstration (of `slug`) or a backbone."""
+    slug = slug or record.slug
     if name not in record.configs:
-        raise UserError(f"{record.slug} has no config {name!r}{closest(name, record.configs)}")
-    known = {f.name for f in fields(record.config_class)}
+        raise UserError(f"{slug} has no config {name!r}{closest(name, record.configs)}")
+    known = {f.name for f in fields(record.configs[name])}
     for key in overrides:
         if key not in known:
-            raise UserError(f"the config of {record.slug} has no field {key!r}{closest(key, known)}")
+            raise UserError(f"the config of {slug} has no field {key!r}{closest(key, known)}")
     try:
         return replace(record.configs[name], **overrides)
     except (TypeError, ValueError) as error:
-        raise UserError(f"the config of {record.slug} does not accept these values: {error}") from error
+        raise UserError(f"the config of {slug} does not accept these values: {error}") from error
 
 
 def find_bridge(record: Any, module: str | None) -> Official:

@@ -79,6 +79,8 @@ def create(slug: str, config: str = "tiny", /, **overrides: Any) -> nn.Module:
     with `zoo.backbone("llama").example(...)`.
     """
     found = record(slug)
+    if found.model is None:
+        raise UserError(f"{slug} has claims to compute and no model: zoo demo {slug}")
     return found.model(found.config(config, **overrides))
 
 
