@@ -43,7 +43,7 @@ def test_mixed_causes_move_the_mean_or_the_variance():
     fitted = np.linalg.lstsq(before, now, rcond=None)[0].T
     assert np.all(np.abs(fitted[(system.graph == 1) & off]) > 0.3)
     assert np.all(np.abs(fitted[(system.graph != 1) & off]) < 0.15)
-    chex.assert_trees_all_close(np.diag(fitted), np.full(10, 0.4), atol=0.1)
+    chex.assert_trees_all_close(np.diag(fitted), np.full(10, 0.4), atol=0.15)
     all_mean = generate_mixed_physics(0, variance_share=0.0)
     assert set(all_mean.graph[off]) == {0, 1}
     assert np.abs(generate_mixed_physics(0, variance_share=1.0).series).max() == 50
@@ -105,7 +105,7 @@ def test_gaps_are_filled_along_lines(tmp_path):
         ("netsin/sim3", {}, "no system of a known graph is called 'netsin/sim3'"),
         ("standin", {"data_dir": "somewhere"}, "standin is generated and takes no --data-dir"),
         ("netsim/sim3_subject_9", {}, "netsim has no system 'sim3_subject_9'; did you mean 'sim3_subject_0'"),
-        ("netsim", {}, "netsim has no system ''.* name one, e.g. netsim/sim3_subject_0"),
+        ("netsim", {}, "netsim has no system ''; known: sim3_subject_0"),
         ("netsim/sim3_subject_0", {"lookback": 30}, "has 30 steps: use a smaller --model.lookback than 30"),
         ("dream3/Size10Ecoli1/apart", {}, "after the network only 'joined' may stand"),
     ],

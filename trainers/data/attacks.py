@@ -160,8 +160,11 @@ def _stays(data_dir: str | None) -> list[np.ndarray]:
     grids = [grid for grid in grids if (~np.isnan(grid)).any(axis=0).sum() >= _LEAST_CHANNELS]
     if not grids:
         raise UserError(f"no stay of physionet2012 has readings of {_LEAST_CHANNELS} of {', '.join(_CHANNELS)}")
-    usual = np.nanmedian(np.concatenate(grids), axis=0)
-    return [_filled(grid, usual) for grid in grids]
+    usual = []
+    for readings, (low, high, _) in zip(np.concatenate(grids).T, BOUNDS["physionet"].values(), strict=True):
+        seen = readings[~np.isnan(readings)]
+        usual.append(np.median(seen) if len(seen) else (low + high) / 2)
+    return [_filled(grid, np.array(usual)) for grid in grids]
 
 
 def _filled(grid: np.ndarray, usual: np.ndarray) -> np.ndarray:

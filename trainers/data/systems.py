@@ -193,8 +193,7 @@ def _read(name: str, data_dir: str | None) -> System:
             member = "air_quality"
     systems = {system["name"].decode(): system for system in found}
     if member not in systems:
-        named = closest(member, systems) or f": name one, e.g. {dataset}/{next(iter(systems))}"
-        raise UserError(f"{dataset} has no system {member!r}{named}")
+        raise UserError(f"{dataset} has no system {member!r}{closest(member, systems)}")
     system = systems[member]
     return System(system["series"], (system["graph"] > 0) * MEAN, trajectory)
 

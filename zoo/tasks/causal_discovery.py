@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from zoo.tasks.task import Batch, Task
 
@@ -52,7 +52,7 @@ def loss(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], dict[str, Fl
     return fit + penalty, {"penalty": penalty}
 
 
-def strongest_edges(probability: Float[Array, "N N"], count: Float[Array, ""] | int) -> Bool[Array, "N N"]:
+def strongest_edges(probability: Float[Array, "N N"], count: Int[Array, ""] | int) -> Bool[Array, "N N"]:
     """The `count` likeliest off-diagonal edges."""
     n = len(probability)
     score = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, probability).ravel()
