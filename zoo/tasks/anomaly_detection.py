@@ -6,8 +6,8 @@ difference to the one before, for rules on what a body can do; `y` (B,) 1 where 
 `logits` (B,), and `plausible` (B,) True where rules forbid an alarm.
 
 An alarm is a probability at or above a threshold, 0.5 where the validation split is scored and elsewhere the one of
-0.10, 0.15, ... 0.90 that has the best F1 there (before rules). `..._unfiltered` are the scores without rules; auroc
-and auprc rank windows by probability, whatever the rules say. Source: card dstan_med, "Training".
+0.10, 0.15, ... 0.90 that has the best F1 there. `filtered_...` are the scores of what the rules leave of the alarms;
+auroc and auprc rank windows by probability, whatever the rules say. Source: card dstan_med, "Training".
 """
 
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ def _bin(threshold: float) -> int:
 
 
 def summarise(totals: dict[str, Any], tuning: dict[str, Any] | None) -> dict[str, float]:
-    """F1, precision, sensitivity and accuracy with and without rules, the areas under two curves, the threshold."""
+    """F1, precision, sensitivity and accuracy without and with rules, the areas under two curves, the threshold."""
     counts = np.asarray(totals["counts"], np.float64)
     threshold = 0.5
     if tuning is not None:
@@ -63,11 +63,10 @@ def summarise(totals: dict[str, Any], tuning: dict[str, Any] | None) -> dict[str
         f1 = [thresholds.scores(*thresholds.confusion(*both, _bin(t)))["f1"] for t in _THRESHOLDS]
         threshold = float(_THRESHOLDS[int(np.argmax(f1))])
     negative, positive = counts.sum(axis=1)
-    unfiltered = thresholds.confusion(negative, positive, _bin(threshold))
+    result = thresholds.scores(*thresholds.confusion(negative, positive, _bin(threshold)))
     true, false, _, _ = thresholds.confusion(counts[0, 0], counts[1, 0], _bin(threshold))
-    filtered = (true, false, positive.sum() - true, negative.sum() - false)
-    result = thresholds.scores(*filtered)
-    result |= {f"{name}_unfiltered": value for name, value in thresholds.scores(*unfiltered).items()}
+    filtered = thresholds.scores(true, false, positive.sum() - true, negative.sum() - false)
+    result |= {f"filtered_{name}": value for name, value in filtered.items()}
     curves = {"auroc": thresholds.auroc(negative, positive), "auprc": thresholds.auprc(negative, positive)}
     return result | curves | {"threshold": threshold}
 
