@@ -30,7 +30,7 @@ def bench_paper(recipe: Recipe, *, output: Path, console: Console | None = None)
     asks for, on all devices; memory is of each device, with the state before and after the step side by side.
     """
     console = console or Console()
-    paper, devices = zoo.paper(recipe.paper), jax.devices()
+    paper, devices = zoo.paper(recipe.paper).serving(recipe.model), jax.devices()
     model, program = recipe_step(recipe, devices)
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def contenders(
         found[f"{slug}:{recipe.config}"] = recipe
 
     first_name, first = next(iter(found.items()))
-    tasks = {name: zoo.paper(recipe.paper).task.name for name, recipe in found.items()}
+    tasks = {name: zoo.paper(recipe.paper).serving(recipe.model).task.name for name, recipe in found.items()}
     for name, task in tasks.items():
         if task != tasks[first_name]:
             raise UserError(
@@ -131,7 +131,7 @@ def compare(
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {seeds}")
     sizes = [_size(contender.recipe) for contender in chosen]  # all are checked before the first one trains
-    task = zoo.paper(chosen[0].recipe.paper).task
+    task = zoo.paper(chosen[0].recipe.paper).serving(chosen[0].recipe.model).task
     results: list[list[dict[str, float]]] = []
     for number, contender in enumerate(chosen):
         results.append([])

@@ -154,7 +154,7 @@ def topology_devices(topology: str) -> Sequence[Any]:
 
 def recipe_step(recipe: Recipe, devices: Sequence[Any], *, mesh: str | None = None) -> tuple[Any, Program]:
     """The model of a recipe and its program on these devices, without data."""
-    paper = zoo.paper(recipe.paper)
+    paper = zoo.paper(recipe.paper).serving(recipe.model)
     placed = make_mesh(mesh or recipe.mesh, batch_size=recipe.batch_size // recipe.accumulate, devices=devices)
     model = paper.model(recipe.model)
     # The schedule's length changes a constant of the step and nothing that is counted here.

@@ -10,8 +10,12 @@ __all__ = ["SHAPE_FIELDS", "load"]
 
 # The fields of a model's config that say what an example is: models that are compared must agree in them.
 SHAPE_FIELDS = {
+    "anomaly_detection": ("lookback", "channels"),
+    "causal_discovery": ("lookback", "variates"),
     "forecasting": ("lookback", "horizon"),
+    "imputation": ("lookback", "hidden_share"),
     "recommendation": ("history",),
+    "reconstruction": ("lookback",),
     "trajectory_forecasting": ("lookback", "horizon", "num_agents", "num_modes"),
 }
 
@@ -28,6 +32,28 @@ def load(paper: Paper, recipe: Recipe) -> Any:
             horizon=recipe.model.horizon,
             seed=recipe.seed,
         )
+    if paper.task.name == "anomaly_detection":
+        from trainers.data.attacks import load_attacks
+
+        return load_attacks(recipe.data, data_dir=recipe.data_dir, lookback=recipe.model.lookback, seed=recipe.seed)
+    if paper.task.name == "causal_discovery":
+        from trainers.data.systems import load_system
+
+        return load_system(recipe.data, data_dir=recipe.data_dir, lookback=recipe.model.lookback, seed=recipe.seed)
+    if paper.task.name == "imputation":
+        from trainers.data.imputation import load_imputation
+
+        return load_imputation(
+            recipe.data,
+            data_dir=recipe.data_dir,
+            lookback=recipe.model.lookback,
+            hidden_share=recipe.model.hidden_share,
+            seed=recipe.seed,
+        )
+    if paper.task.name == "reconstruction":
+        from trainers.data.telemetry import load_telemetry
+
+        return load_telemetry(recipe.data, data_dir=recipe.data_dir, lookback=recipe.model.lookback, seed=recipe.seed)
     if paper.task.name == "trajectory_forecasting":
         from trainers.data.trajectories import load_trajectories
 

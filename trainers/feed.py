@@ -225,10 +225,25 @@ def make_feed(
     return DeviceFeed(recipe, program, train, steps_per_epoch)
 
 
-def evaluate(program: Program, variables: Any, split: Any) -> dict[str, float]:
-    """Mean of every metric and baseline over a split, wherever it lies."""
+def evaluate(program: Program, variables: Any, split: Any, *, tuned_on: Any = None) -> dict[str, float]:
+    """Mean of every metric and baseline over a split, wherever it lies; or what the task makes of their sums, with
+    thresholds from the split `tuned_on` if one is given."""
+    means = _means(program, variables, split)
+    summarise = program.task.summarise
+    if summarise is None:
+        return {name: float(value) for name, value in means.items()}
+    totals = _totals(means, split)
+    tuning = {} if tuned_on is None else _totals(_means(program, variables, tuned_on), tuned_on)
+    return {
+        f"{who}{name}": value
+        for who, values in totals.items()
+        for name, value in summarise(values, tuning.get(who)).items()
+    }
+
+
+def _means(program: Program, variables: Any, split: Any) -> dict[str, np.ndarray]:
     if not isinstance(split, HostSplit):
-        return {name: float(value) for name, value in jax.device_get(program.evaluate(variables, split)).items()}
+        return jax.device_get(program.evaluate(variables, split))
     total, size, sums = len(split), program.eval_batch_size, None
     for first in range(0, total, size):
         indices = first + np.arange(size, dtype=np.int32)
@@ -236,7 +251,16 @@ def evaluate(program: Program, variables: Any, split: Any) -> dict[str, float]:
         batch = split.fetch(np.minimum(indices, total - 1))
         scores = program.score(variables, batch, present)
         sums = scores if sums is None else jax.tree.map(jax.numpy.add, sums, scores)
-    return {name: float(value) / total for name, value in jax.device_get(sums).items()}
+    return {name: np.asarray(value, np.float64) / total for name, value in jax.device_get(sums).items()}
+
+
+def _totals(means: dict[str, np.ndarray], split: Any) -> dict[str, dict[str, Any]]:
+    """Sums over the split's examples: the model's under "", a baseline's under its name and a stroke."""
+    totals: dict[str, dict[str, Any]] = {}
+    for name, value in means.items():
+        who, stroke, metric = name.rpartition("/")
+        totals.setdefault(who + stroke, {"examples": len(split)})[metric] = np.asarray(value) * len(split)
+    return totals
 
 
 def predict(program: Program, variables: Any, split: Any, indices: np.ndarray) -> tuple[Batch, Any]:

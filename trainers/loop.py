@@ -86,7 +86,7 @@ class Run:
 
 def prepare(recipe: Recipe) -> Run:
     """Checks the recipe against devices and data, places the data, builds the functions; trains nothing."""
-    paper = zoo.paper(recipe.paper)
+    paper = zoo.paper(recipe.paper).serving(recipe.model)
     mesh = make_mesh(recipe.mesh, batch_size=recipe.batch_size // recipe.accumulate)
     splits = datasets.load(paper, recipe)
     steps_per_epoch = len(splits.train) // recipe.batch_size
@@ -359,7 +359,7 @@ def _finish(
 ) -> dict[str, float]:
     """Test metrics of the best weights, their file, and the pictures."""
     task = run.paper.task
-    scores = {f"test/{name}": value for name, value in evaluate(run.program, state.variables, run.splits.test).items()}
+    scores = {f"test/{name}": value for name, value in _test(run, state.variables).items()}
     log.write(last_step, {**scores, "best_step": progress.best_step})
     variables = distributed.gathered(state.variables)
     if distributed.is_first():
@@ -370,6 +370,10 @@ def _finish(
     console.print(score_table(run, scores, f"best weights, of step {progress.best_step}"))
     console.print(f"run folder: {workdir}", highlight=False, soft_wrap=True)
     return scores
+
+
+def _test(run: Run, variables: Any) -> dict[str, float]:
+    return evaluate(run.program, variables, run.splits.test, tuned_on=run.splits.valid)
 
 
 def save_picture(run: Run, variables: Any, workdir: epath.Path) -> None:
@@ -411,6 +415,6 @@ def evaluate_run(
     model, variables = zoo.load(workdir)
     if model.config != run.model.config:
         raise UserError(f"{workdir / WEIGHTS} was made by another configuration than {workdir / RECIPE_FILE}")
-    scores = {f"test/{name}": value for name, value in evaluate(run.program, variables, run.splits.test).items()}
+    scores = {f"test/{name}": value for name, value in _test(run, variables).items()}
     (console or Console()).print(score_table(run, scores, f"weights of {workdir}"))
     return scores

@@ -21,7 +21,7 @@ __all__ = ["predict_run"]
 def predict_run(workdir: epath.Path, *, data_dir: str | None, output: Path, console: Console | None = None) -> Path:
     """Forecasts what follows the last row of the run's data; writes a csv in the data's own units and a picture."""
     recipe = read_recipe(workdir)
-    paper = zoo.paper(recipe.paper)
+    paper = zoo.paper(recipe.paper).serving(recipe.model)
     if paper.task.name != "forecasting":
         raise UserError(f"zoo predict does not know what to predict for the task {paper.task.name}")
     if data_dir is not None:

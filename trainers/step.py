@@ -20,7 +20,7 @@ from trainers.sharding import DEFAULT_RULES, Rule, batch_sharding, recipe_rules,
 from zoo.blocks import Execution, execution
 from zoo.errors import UserError
 from zoo.paper import Paper
-from zoo.tasks.task import Batch
+from zoo.tasks.task import Batch, Task
 
 __all__ = ["Program", "Split", "TrainState", "make_program", "recipe_program"]
 
@@ -76,6 +76,7 @@ class Program:
     state_shardings: Any
     mesh: Mesh
     eval_batch_size: int
+    task: Task
 
 
 def make_program(
@@ -238,7 +239,12 @@ def make_program(
         for name, baseline in paper.task.baselines.items():
             scores = paper.task.metrics(baseline(batch), batch)
             results |= {f"{name}/{metric}": score for metric, score in scores.items()}
-        return {name: jnp.sum(jnp.where(weight, value, 0.0)) for name, value in results.items()}
+
+        def total(value: jax.Array) -> jax.Array:
+            counted = weight.reshape(-1, *(1,) * (value.ndim - 1))
+            return jnp.sum(jnp.where(counted, value, 0.0), axis=0)
+
+        return {name: total(value) for name, value in results.items()}
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def evaluate(variables: Any, split: Split) -> dict[str, jax.Array]:
@@ -292,6 +298,7 @@ def make_program(
         state_shardings=state_shardings,
         mesh=mesh,
         eval_batch_size=eval_batch_size,
+        task=paper.task,
     )
 
 

@@ -55,6 +55,7 @@ class Paper:
     model: Callable[[Any], nn.Module] | None = None
     example: Callable[..., Batch] | None = None  # (config, *, batch_size, key) -> inputs and targets, rightly shaped
     demo: Demo | None = None  # its claims, computed
+    task_of: Callable[[Any], Task] | None = None  # config -> task, for models that serve several; default: `task`
     loss: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]] | None = None  # default: the task's
     constants: Callable[[Any, Any], dict[str, Any]] | None = None  # (config, data) -> its collection `constants`
     officials: tuple[Official, ...] = ()  # the main model first, then parts that have goldens of their own
@@ -74,6 +75,10 @@ class Paper:
     def config(self, name: str = "tiny", **overrides: Any) -> Any:
         """The named configuration with some fields replaced. A misspelt name or field is answered by the closest."""
         return named_config(self, name, overrides)
+
+    def serving(self, config: Any) -> "Paper":
+        """This paper with the task that a model of this configuration serves."""
+        return replace(self, task=self.task_of(config)) if self.task_of else self
 
     def compute_loss(self, outputs: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mean loss, further named scalars) of the model's outputs on a batch."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from trainers.data.catalogue import DATASETS, DatasetFacts
+from trainers.data.cross_channel import CROSS_CHANNEL_COLUMNS, cross_channel_series
 from trainers.data.csv_series import RawSeries
 from trainers.data.prepare import load_dataset
 from trainers.data.standins import forecasting_standin
@@ -21,6 +22,11 @@ from zoo.catalogue import closest
 from zoo.errors import UserError
 
 __all__ = ["ForecastingData", "WindowedSplit", "calendar_marks", "load_forecasting", "load_series", "split_borders"]
+
+_GENERATED = {
+    "standin": (forecasting_standin, tuple(f"series {i}" for i in range(7))),
+    "cross_channel": (cross_channel_series, CROSS_CHANNEL_COLUMNS),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +39,7 @@ class WindowedSplit:
     starts: Int[Array, " W"]  # first row of each window
     lookback: int = field(metadata={"static": True})
     horizon: int = field(metadata={"static": True})
+    targets: int | None = field(default=None, metadata={"static": True})  # how many of the last columns are forecast
 
     def __len__(self) -> int:
         return self.starts.shape[0]
@@ -42,7 +49,8 @@ class WindowedSplit:
         lookback, length = self.lookback, self.lookback + self.horizon
         first = self.starts[indices]
         window = jax.vmap(lambda s: jax.lax.dynamic_slice_in_dim(self.values, s, length))(first)
-        batch = {"x": window[:, :lookback], "y": window[:, lookback:]}
+        targets = window.shape[-1] if self.targets is None else self.targets
+        batch = {"x": window[:, :lookback], "y": window[:, lookback:, -targets:]}
         if self.marks is not None:
             batch["x_mark"] = jax.vmap(lambda s: jax.lax.dynamic_slice_in_dim(self.marks, s, lookback))(first)
         return batch
@@ -126,17 +134,19 @@ def split_borders(rows: int, facts: DatasetFacts, lookback: int) -> dict[str, tu
 
 
 def load_forecasting(name: str, *, data_dir: str | None, lookback: int, horizon: int, seed: int = 0) -> ForecastingData:
-    """The data set of that name, scaled and cut into windows; "ett_h1/OT" is its column OT alone. `seed` matters to the
-    stand-in alone."""
+    """The data set of that name, scaled and cut into windows; "ett_h1/OT" is its column OT alone. `seed` matters to
+    generated sets alone; of cross_channel only the last column is to be forecast."""
     name, _, column = name.partition("/")
-    known = [key for key, facts in DATASETS.items() if facts.columns or key == "standin"]
+    known = [*_GENERATED, *(key for key, facts in DATASETS.items() if facts.columns)]
     if name not in known:
         raise UserError(f"no forecasting data set is called {name!r}{closest(name, known)}")
-    facts = DATASETS[name]
-    if name == "standin":
+    facts = DATASETS["standin" if name in _GENERATED else name]
+    if name in _GENERATED:
         if data_dir is not None:
-            raise UserError("the stand-in is generated and takes no --data-dir; name the set with --data, e.g. ett_h1")
-        raw, columns = forecasting_standin(seed), tuple(f"series {i}" for i in range(7))
+            what = "the stand-in" if name == "standin" else name
+            raise UserError(f"{what} is generated and takes no --data-dir; name the set with --data, e.g. ett_h1")
+        generate, columns = _GENERATED[name]
+        raw = generate(seed)
     else:
         raw, columns = load_series(name, data_dir), facts.columns
     if column:
@@ -152,6 +162,7 @@ def load_forecasting(name: str, *, data_dir: str | None, lookback: int, horizon:
     marks = calendar_marks(raw.times, facts.frequency)
     marks = None if marks is None else jnp.asarray(marks)
 
+    targets = 1 if name == "cross_channel" and not column else None
     splits = {}
     for part, (begin, end) in borders.items():
         begin = max(begin, 0)
@@ -161,7 +172,7 @@ def load_forecasting(name: str, *, data_dir: str | None, lookback: int, horizon:
                 f"{end - begin} rows: use a smaller --model.lookback or --model.horizon"
             )
         starts = jnp.arange(begin, end - lookback - horizon + 1, dtype=jnp.int32)
-        splits[part] = WindowedSplit(values, marks, starts, lookback, horizon)
+        splits[part] = WindowedSplit(values, marks, starts, lookback, horizon, targets)
     return ForecastingData(**splits, columns=columns, mean=mean, std=std, times=raw.times)
 
 

@@ -2,6 +2,7 @@
 
 Batch: `x` (B, L, N) z-scored past, `y` (B, P, N) future, `x_mark` (B, L, F) calendar features of the past in
 [-0.5, 0.5] (absent where a data set has no dates). Output: (B, P, N), in the units of `y`.
+Where only some variates are to be forecast, they come last in `x`, and `y` holds them alone.
 """
 
 from typing import TYPE_CHECKING
@@ -18,21 +19,24 @@ if TYPE_CHECKING:
 __all__ = ["TASK", "example", "loss", "metrics", "picture", "repeat_last"]
 
 
+def _error(forecast: Float[Array, "B P N"], batch: Batch) -> Float[Array, "B P M"]:
+    return forecast[..., -batch["y"].shape[-1] :].astype(jnp.float32) - batch["y"]
+
+
 def loss(forecast: Float[Array, "B P N"], batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean squared error over windows, horizon and variates."""
-    error = forecast.astype(jnp.float32) - batch["y"]
-    return jnp.mean(jnp.square(error)), {}
+    return jnp.mean(jnp.square(_error(forecast, batch))), {}
 
 
 def metrics(forecast: Float[Array, "B P N"], batch: Batch) -> dict[str, Float[Array, " B"]]:
     """Mean squared and mean absolute error of each window, in z-scored units (the protocol of the literature)."""
-    error = forecast.astype(jnp.float32) - batch["y"]
+    error = _error(forecast, batch)
     return {"mse": jnp.mean(jnp.square(error), axis=(1, 2)), "mae": jnp.mean(jnp.abs(error), axis=(1, 2))}
 
 
 def repeat_last(batch: Batch) -> Float[Array, "B P N"]:
     """The naive forecast: every future value equals the last one seen."""
-    return jnp.broadcast_to(batch["x"][:, -1:, :], batch["y"].shape)
+    return jnp.broadcast_to(batch["x"][:, -1:, -batch["y"].shape[-1] :], batch["y"].shape)
 
 
 def example(
@@ -54,6 +58,7 @@ def picture(batch: Batch, forecast: Float[Array, "B P N"]) -> "Figure":
     from matplotlib.figure import Figure
 
     past, truth, guess = (jax.device_get(a)[0] for a in (batch["x"], batch["y"], forecast))
+    past, guess = (a[:, -truth.shape[-1] :] for a in (past, guess))
     shown = min(4, past.shape[-1])
     figure = Figure(figsize=(9, 1.9 * shown + 0.6), layout="constrained")
     for variate, axes in enumerate(figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]):

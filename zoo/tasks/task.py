@@ -21,6 +21,9 @@ class Task:
     `loss(outputs, batch)` gives the mean training loss and further named scalars; `metrics(outputs, batch)` gives each
     metric as one number per example, so that any split into batches averages to the same result. `metric` names the
     one that decides between checkpoints. `baselines` predict without a model, from the batch alone.
+    Where a score is of a set as a whole and no mean (an F1, a ROC curve), `metrics` also gives counts, arrays (B, ...),
+    and `summarise(totals, tuning)` makes the set's scores of the sums over its examples and of their number,
+    `examples`. `tuning` are the totals of the validation split, to choose thresholds by, where another is scored.
     `pad(batch)`, for tasks with variable sizes, gives the batch with padding that must not change the outputs of the
     real part, and a function that takes this part out of outputs.
     """
@@ -31,6 +34,7 @@ class Task:
     metric: str
     lower_is_better: bool = True
     baselines: Mapping[str, Callable[[Batch], Any]] = field(default_factory=dict)
+    summarise: Callable[[dict[str, Any], dict[str, Any] | None], dict[str, float]] | None = None
     pad: Callable[[Batch], tuple[Batch, Callable[[Any], Any]]] | None = None
     picture: Callable[[Batch, Any], "Figure"] | None = None
     picture_name: str = "prediction.png"
