@@ -20,7 +20,7 @@ from trainers import datasets, distributed, initial, nonfinite
 from trainers.checkpoints import RunCheckpoints, stored_steps
 from trainers.compile import utilisation
 from trainers.faults import LOCK_FILE, Preemption, explained, locked
-from trainers.feed import DeviceFeed, HostFeed, evaluate, make_feed, place, predict
+from trainers.feed import DeviceFeed, HostFeed, evaluate, make_feed, place, predict, split_report
 from trainers.logs import MetricsLog, Speed, TrainingProgress, plot_curves
 from trainers.optimizers import learning_rate
 from trainers.profile import StepTrace
@@ -359,7 +359,10 @@ def _finish(
 ) -> dict[str, float]:
     """Test metrics of the best weights, their file, and the pictures."""
     task = run.paper.task
-    scores = {f"test/{name}": value for name, value in evaluate(run.program, state.variables, run.splits.test).items()}
+    scores = {
+        f"test/{name}": value
+        for name, value in split_report(run.program, task, state.variables, run.splits.test).items()
+    }
     log.write(last_step, {**scores, "best_step": progress.best_step})
     variables = distributed.gathered(state.variables)
     if distributed.is_first():
@@ -411,6 +414,7 @@ def evaluate_run(
     model, variables = zoo.load(workdir)
     if model.config != run.model.config:
         raise UserError(f"{workdir / WEIGHTS} was made by another configuration than {workdir / RECIPE_FILE}")
-    scores = {f"test/{name}": value for name, value in evaluate(run.program, variables, run.splits.test).items()}
+    found = split_report(run.program, run.paper.task, variables, run.splits.test)
+    scores = {f"test/{name}": value for name, value in found.items()}
     (console or Console()).print(score_table(run, scores, f"weights of {workdir}"))
     return scores
