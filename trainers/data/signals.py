@@ -6,7 +6,6 @@ are filled up with zeros at the end, and a mask says where they end. A name that
 cases of each class: few labels, or one shot.
 """
 
-import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,16 +128,11 @@ def _apava(data_dir: str | None, length: int, channels: int, num_classes: int):
     }, ("healthy", "Alzheimer's")
 
 
-@functools.cache
-def _cases(name: str, data_dir: str | None) -> Mapping[str, list[tuple[np.ndarray, str]]]:
-    return {
+def _archive(name: str, data_dir: str | None, length: int, channels: int, num_classes: int):
+    parts: Mapping[str, list[tuple[np.ndarray, str]]] = {
         part: [(case["series"], case["label"].decode()) for case in cases]
         for part, cases in load_dataset(name, data_dir).items()
     }
-
-
-def _archive(name: str, data_dir: str | None, length: int, channels: int, num_classes: int):
-    parts = _cases(name, data_dir)
     cases = [series for part in parts.values() for series, _ in part]
     classes = tuple(sorted({label for part in parts.values() for _, label in part}))
     longest = max(len(series) for series in cases)
