@@ -71,4 +71,15 @@ def load(paper: Paper, recipe: Recipe) -> Any:
             num_classes=recipe.model.num_classes,
             seed=recipe.seed,
         )
+    if paper.task.name == "classification" and paper.entry.room == "language":
+        from trainers.data.texts import load_texts
+
+        return load_texts(
+            recipe.data,
+            data_dir=recipe.data_dir,
+            length=recipe.model.length,
+            vocabulary=recipe.model.vocabulary,
+            num_classes=recipe.model.num_classes,
+            seed=recipe.seed,
+        )
     raise UserError(f"{paper.slug}: no loader serves the task {paper.task.name} yet")
