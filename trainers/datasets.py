@@ -6,18 +6,28 @@ from trainers.recipe import Recipe
 from zoo.errors import UserError
 from zoo.paper import Paper
 
-__all__ = ["SHAPE_FIELDS", "load"]
+__all__ = ["SHAPE_FIELDS", "data_of_all", "load"]
 
 # The fields of a model's config that say what an example is: models that are compared must agree in them.
 SHAPE_FIELDS = {
     "anomaly_detection": ("lookback", "channels"),
     "causal_discovery": ("lookback", "variates"),
+    "classification": ("length", "channels", "image_size", "vocabulary", "num_classes"),  # those it has
     "forecasting": ("lookback", "horizon"),
     "imputation": ("lookback", "hidden_share"),
     "recommendation": ("history",),
     "reconstruction": ("lookback",),
     "trajectory_forecasting": ("lookback", "horizon", "num_agents", "num_modes"),
 }
+
+_SIGNAL_ROOMS = ("signals", "series")
+
+
+def data_of_all(first: Paper, name: str) -> str:
+    """The name of the data for all that are compared with `first`: where every paper has a stand-in of its own, that
+    of the first."""
+    own = first.task.name == "classification" and first.entry.room in _SIGNAL_ROOMS
+    return f"standin/{first.slug}" if own and name == "standin" else name
 
 
 def load(paper: Paper, recipe: Recipe) -> Any:
@@ -73,6 +83,29 @@ def load(paper: Paper, recipe: Recipe) -> Any:
             data_dir=recipe.data_dir,
             history=recipe.model.history,
             num_items=recipe.model.num_items,
+            seed=recipe.seed,
+        )
+    if paper.task.name == "classification" and paper.entry.room in _SIGNAL_ROOMS:
+        from trainers.data.signals import load_signals
+
+        return load_signals(
+            recipe.data,
+            paper=paper.slug,
+            data_dir=recipe.data_dir,
+            length=recipe.model.length,
+            channels=recipe.model.channels,
+            num_classes=recipe.model.num_classes,
+            seed=recipe.seed,
+        )
+    if paper.task.name == "classification" and paper.entry.room == "language":
+        from trainers.data.texts import load_texts
+
+        return load_texts(
+            recipe.data,
+            data_dir=recipe.data_dir,
+            length=recipe.model.length,
+            vocabulary=recipe.model.vocabulary,
+            num_classes=recipe.model.num_classes,
             seed=recipe.seed,
         )
     raise UserError(f"{paper.slug}: no loader serves the task {paper.task.name} yet")

@@ -19,7 +19,17 @@ from trainers.sharding import batch_sharding
 from trainers.step import Program, TrainState
 from zoo.tasks.task import Batch
 
-__all__ = ["DeviceFeed", "HostFeed", "HostSplit", "epoch_order", "evaluate", "make_feed", "place", "predict"]
+__all__ = [
+    "DeviceFeed",
+    "HostFeed",
+    "HostSplit",
+    "epoch_order",
+    "evaluate",
+    "make_feed",
+    "place",
+    "predict",
+    "split_report",
+]
 
 # Of a device's memory: what a data set may take before it stays on the host.
 _SHARE = 0.25
@@ -268,6 +278,24 @@ def predict(program: Program, variables: Any, split: Any, indices: np.ndarray) -
     if not isinstance(split, HostSplit):
         return program.predict(variables, split, indices)
     return program.predict(variables, _Gathered(split.gather(indices)), np.arange(len(indices)))
+
+
+def split_report(program: Program, variables: Any, split: Any, *, tuned_on: Any = None) -> dict[str, float]:
+    """What `evaluate` gives, and what the task says of all outputs on the split together."""
+    task, scores = program.task, evaluate(program, variables, split, tuned_on=tuned_on)
+    if task.report is None:
+        return scores
+    total, size, parts = len(split), program.eval_batch_size, []
+    for first in range(0, total, size):
+        indices = first + np.arange(size, dtype=np.int32)
+        batch, outputs = predict(program, variables, split, np.minimum(indices, total - 1))
+        found = {name: value for name, value in batch.items() if name != "x"}, outputs
+        parts.append(jax.tree.map(lambda x, count=total - first: np.asarray(x)[:count], found))
+    batch, outputs = jax.tree.map(lambda *leaves: jax.numpy.asarray(np.concatenate(leaves)), *parts)
+    scores |= task.report(outputs, batch)
+    for name, baseline in task.baselines.items():
+        scores |= {f"{name}/{score}": value for score, value in task.report(baseline(batch), batch).items()}
+    return scores
 
 
 @jax.tree_util.register_dataclass

@@ -20,7 +20,7 @@ from trainers import datasets, distributed, initial, nonfinite
 from trainers.checkpoints import RunCheckpoints, stored_steps
 from trainers.compile import utilisation
 from trainers.faults import LOCK_FILE, Preemption, explained, locked
-from trainers.feed import DeviceFeed, HostFeed, evaluate, make_feed, place, predict
+from trainers.feed import DeviceFeed, HostFeed, evaluate, make_feed, place, predict, split_report
 from trainers.logs import MetricsLog, Speed, TrainingProgress, plot_curves
 from trainers.optimizers import learning_rate
 from trainers.profile import StepTrace
@@ -373,7 +373,7 @@ def _finish(
 
 
 def _test(run: Run, variables: Any) -> dict[str, float]:
-    return evaluate(run.program, variables, run.splits.test, tuned_on=run.splits.valid)
+    return split_report(run.program, variables, run.splits.test, tuned_on=run.splits.valid)
 
 
 def save_picture(run: Run, variables: Any, workdir: epath.Path) -> None:

@@ -345,6 +345,16 @@ CASES = {
         ("biwi_eth.txt", lines("780 1 8.46 3.59", "790 1 9.57"), "is malformed: the number of columns changed"),
         optional=("biwi_eth.txt", "crowds_zara01.txt"),
     ),
+    "apava": Case(
+        {
+            "Feature/feature_01.npy": npy(np.arange(12.0).reshape(2, 3, 2)),
+            "Feature/feature_02.npy": npy(np.zeros((1, 3, 2))),
+            "Label/label.npy": npy(np.array([[1.0, 1.0], [0.0, 2.0]])),
+        },
+        {"subjects": 2},
+        {"windows": np.arange(12, dtype=np.float32).reshape(2, 3, 2), "label": 1, "subject": 1},
+        ("Label/label.npy", npy(np.array([[1.0, 1.0]])), "has the shape .1, 2. for 2 subjects"),
+    ),
     "ucr/GunPoint": Case(
         encoded(
             **{

@@ -340,6 +340,22 @@ DATASETS: dict[str, DatasetFacts] = {
         files=("biwi_*.txt", "crowds_*.txt", "students*.txt", "uni_examples.txt"),
         builder="measurements.EthUcy",
     ),
+    "apava": DatasetFacts(
+        task="series classification",
+        description="EEG of 12 people with Alzheimer's disease and 11 healthy ones, 16 electrodes, in windows of one "
+        "second at 256 Hz, as Medformer's authors cut them",
+        licence="none stated",
+        size="5,967 windows of 23 people",
+        home="https://github.com/DL4mHealth/Medformer",
+        citation="Escudero et al., Physiological Measurement 27, 2006; Wang et al., arXiv:2405.19363",
+        urls=_raw(
+            "Levi-Ackman/ViRe@58cb20d4c000e9a5c4fdf962c6cdbd2f11179b3c",
+            *(f"dataset/APAVA/Feature/feature_{i:02}.npy" for i in range(1, 24)),
+            "dataset/APAVA/Label/label.npy",
+        ),
+        files=("feature_*.npy", "label.npy"),
+        builder="measurements.Apava",
+    ),
     "ucr": DatasetFacts(
         task="series classification",
         description="univariate members of the UCR archive in aeon's .ts format",

@@ -1,5 +1,6 @@
 """Flax modules that several papers use."""
 
+from zoo.blocks.attention import MultiHeadAttention
 from zoo.blocks.basic import ActivationDropout, BatchNorm, CausalConv, Dropout, Linear, RMSNorm
 from zoo.blocks.mamba import Mamba, Mamba2, MambaState
 from zoo.blocks.stack import Execution, execution, stack
@@ -14,6 +15,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "MambaState",
+    "MultiHeadAttention",
     "RMSNorm",
     "execution",
     "stack",

@@ -1,4 +1,4 @@
-"""Measured series with labels: anomalies, illness, falls, motion, tracks, and the UCR and UEA archives."""
+"""Measured series with labels: anomalies, illness, falls, motion, tracks, EEG, and the UCR and UEA archives."""
 
 import ast
 import re
@@ -256,6 +256,32 @@ class EthUcy(Reader, skip_registration=True):
                 "agent": rows[:, 1].astype(np.int32),
                 "position": rows[:, 2:].astype(np.float32),
             }
+
+
+class Apava(Reader, skip_registration=True):
+    """A subject an example: its windows (n, samples, electrodes), its class (1: Alzheimer's) and its number from 1."""
+
+    def features(self):
+        return {
+            "windows": array(np.float32, None, None, None),
+            "label": scalar(np.int32),
+            "subject": scalar(np.int32),
+        }
+
+    def read(self, files: Files) -> dict[str, Iterable[Example]]:
+        return {"subjects": self._subjects(files)}
+
+    @staticmethod
+    def _subjects(files: Files) -> Iterable[Example]:
+        table = files.array("label.npy")
+        names = files.all("feature_*.npy")
+        if table.shape != (len(names), 2):
+            raise UserError(f"{files.path('label.npy')} has the shape {table.shape} for {len(names)} subjects")
+        for name, (label, subject) in zip(names, table, strict=True):
+            windows = files.array(name)
+            if windows.ndim != 3:
+                raise UserError(f"{files.path(name)} has the shape {windows.shape}, not windows x samples x electrodes")
+            yield {"windows": windows.astype(np.float32), "label": int(label), "subject": int(subject)}
 
 
 class _Ts(Reader, skip_registration=True):

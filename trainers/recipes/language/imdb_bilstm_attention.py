@@ -1,0 +1,27 @@
+"""The runs of the BiLSTM with attention."""
+
+from trainers.recipe import Evaluation, Optimizer, Recipe
+
+
+def _recipe(config: str, *, data: str, batch_size: int, epochs: int, learning_rate: float) -> Recipe:
+    return Recipe(
+        paper="imdb_bilstm_attention",
+        config=config,
+        data=data,
+        batch_size=batch_size,
+        epochs=epochs,
+        seed=42 if data != "standin" else 0,
+        optimizer=Optimizer(name="adam", learning_rate=learning_rate, schedule="constant"),
+        evaluation=Evaluation(patience=3),
+    )
+
+
+_STANDIN = {"data": "standin", "batch_size": 64, "epochs": 8, "learning_rate": 3e-3}
+_OFFICIAL = {"data": "imdb_sample", "batch_size": 128, "epochs": 3, "learning_rate": 1e-3}
+
+RECIPES = {
+    "tiny": _recipe("tiny", **_STANDIN),
+    "tiny_last": _recipe("tiny_last", **_STANDIN),
+    "imdb": _recipe("imdb", **_OFFICIAL),
+    "imdb_last": _recipe("imdb_last", **_OFFICIAL),
+}

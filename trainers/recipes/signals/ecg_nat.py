@@ -1,0 +1,41 @@
+"""ECG-NAT's runs."""
+
+from trainers.recipe import Optimizer, Recipe
+
+# Relative biases are not decayed, as in NAT.
+_NO_DECAY = r"(^|/)(bias|scale|relative_positions|gain\d|positions|mask_token)$"
+
+
+def _fine_tune(config: str, *, epochs: int, batch_size: int = 128, learning_rate: float = 5e-4) -> Recipe:
+    return Recipe(
+        paper="ecg_nat",
+        config=config,
+        batch_size=batch_size,
+        epochs=epochs,
+        optimizer=Optimizer(
+            name="adamw", learning_rate=learning_rate, schedule="cosine", weight_decay=0.05, no_decay=_NO_DECAY
+        ),
+    )
+
+
+def _pretrain(config: str, *, epochs: int, batch_size: int = 256, warmup_steps: int = 0) -> Recipe:
+    return Recipe(
+        paper="ecg_nat",
+        config=config,
+        batch_size=batch_size,
+        epochs=epochs,
+        optimizer=Optimizer(
+            name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=warmup_steps, b2=0.95,
+            weight_decay=0.05, no_decay=_NO_DECAY,
+        ),
+    )  # fmt: skip
+
+
+RECIPES = {
+    "tiny": _fine_tune("tiny", epochs=20, batch_size=32, learning_rate=2e-3),
+    "tiny_pretrain": _pretrain("tiny_pretrain", epochs=100, batch_size=64, warmup_steps=100),
+    "small": _fine_tune("small", epochs=50),
+    "small_pretrain": _pretrain("small_pretrain", epochs=100, warmup_steps=40),
+    "mini": _fine_tune("mini", epochs=50),
+    "mini_pretrain": _pretrain("mini_pretrain", epochs=100, warmup_steps=40),
+}

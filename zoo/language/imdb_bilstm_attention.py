@@ -1,0 +1,227 @@
+"""A Comparative Analysis of Classical Machine Learning and Deep Learning Approaches: sentiment of IMDb reviews, by a
+BiLSTM with attention among others (arXiv:2605.07811).
+
+Official code: Ermadaniarsafitri061/pba2026-kelompok-3@1c16349 (no licence). Fidelity: exact.
+New: nothing but the comparison. A bidirectional LSTM reads a review to its true length; one number a place, squashed by
+tanh, is the score of a softmax over places, and the states' weighted mean is classified. Linear models on TF-IDF win.
+Differs: attention weights have the batch's length, not that of its longest review; the official vocabulary is counted
+on test reviews too, ours on the training part alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from zoo.blocks import Dropout, Linear
+from zoo.blocks.basic import torch_uniform
+from zoo.paper import Official, Paper
+from zoo.tasks import classification
+from zoo.tasks.task import Batch
+from zoo.weights.table import TRANSPOSE, Table, linear, parameter
+
+PADDING = 0  # the token of no word
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and constants."""
+
+    length: int = 80  # T, words of a review that are read
+    vocabulary: int = 5_000  # V, words that are known; 0 is none, 1 an unknown one
+    num_classes: int = 2  # K, classes to tell apart
+    embed_dim: int = 64  # E, width of a word
+    hidden_dim: int = 64  # U, width of a state in each direction
+    num_layers: int = 1  # of the LSTM
+    pooling: Literal["attention", "last"] = "attention"  # last: the states at the ends, one from each direction
+    dropout_rate: float = 0.3  # of words, between layers and before the head
+
+
+class LSTM(nn.Module):
+    """torch.nn.LSTM in one direction over what is present: (states, 0 elsewhere; the state where it ends).
+
+    i, f, o = sigmoid(.), g = tanh(.) of W_x x + b_x + W_h h + b_h; c = f c + i g; h = o tanh(c).
+    """
+
+    features: int
+    reverse: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], present: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T U"], Float[Array, "B U"]]:
+        start, gates = torch_uniform(self.features), 4 * self.features
+        inputs = Linear(gates, kernel_init=start, bias_init=start, name="input")(x)
+        kernel = self.param("kernel", start, (self.features, gates))
+        bias = self.param("bias", start, (gates,))
+
+        def step(carry, row):
+            (cell, hidden), (inputs, here) = carry, row
+            i, f, g, o = jnp.split((inputs + hidden @ kernel + bias).astype(jnp.float32), 4, axis=-1)
+            new_cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+            new_hidden = (jax.nn.sigmoid(o) * jnp.tanh(new_cell)).astype(hidden.dtype)
+            # Behind the end the state stays, so that the way back begins at the end.
+            cell = jnp.where(here[:, None], new_cell, cell)
+            hidden = jnp.where(here[:, None], new_hidden, hidden)
+            return (cell, hidden), jnp.where(here[:, None], new_hidden, 0)
+
+        first = jnp.zeros((x.shape[0], self.features), jnp.float32)
+        rows = jnp.swapaxes(inputs, 0, 1), present.T
+        (_, last), states = jax.lax.scan(step, (first, first.astype(x.dtype)), rows, reverse=self.reverse)
+        return jnp.swapaxes(states, 0, 1), last
+
+
+class Attention(nn.Module):
+    """(sum_t a_t h_t, a) with a = softmax_t(tanh(w.h_t + b)) over what is present.
+
+    The scores lie between -1 and 1, so that no place weighs more than e^2 times another.
+    """
+
+    @nn.compact
+    def __call__(
+        self, states: Float[Array, "B T D"], present: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B T"]]:
+        scores = jnp.tanh(Linear(1, name="score")(states)[..., 0].astype(jnp.float32))
+        weights = jax.nn.softmax(jnp.where(present, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bt,btd->bd", weights.astype(states.dtype), states), weights
+
+
+def _embedding_init(key, shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape, dtype).at[PADDING].set(0.0)
+
+
+class Model(nn.Module):
+    """`logits` of a review, and with attention its weights over places."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, batch: Batch, *, train: bool = False) -> dict[str, Float[Array, "B _"]]:
+        c, tokens = self.config, batch["x"]
+        present = batch["mask"] if "mask" in batch else jnp.ones(tokens.shape, bool)
+        table = jnp.asarray(self.param("embedding", _embedding_init, (c.vocabulary, c.embed_dim)))
+        words = table[tokens]
+        # The row of no word is never trained.
+        words = jnp.where((tokens == PADDING)[..., None], jax.lax.stop_gradient(words), words)
+        states = Dropout(c.dropout_rate)(words, train=train)
+        for layer in range(c.num_layers):
+            if layer:
+                states = Dropout(c.dropout_rate)(states, train=train)
+            ways = [
+                LSTM(c.hidden_dim, reverse=way == "backward", name=f"{way}_{layer}")(states, present)
+                for way in ("forward", "backward")
+            ]
+            states, last = (jnp.concatenate(both, axis=-1) for both in zip(*ways, strict=True))
+        outputs = {}
+        if c.pooling == "attention":
+            last, outputs["attention"] = Attention(name="attention")(states, present)
+        last = Dropout(c.dropout_rate)(last, train=train)
+        return outputs | {"logits": Linear(c.num_classes, name="head")(last)}
+
+
+def tf_idf(tokens: Int[Array, "N T"], document_frequency: Float[Array, " V"], documents: int) -> Float[Array, "N V"]:
+    """Counts of each word times log((1 + N) / (1 + df)) + 1, rows of length one; none and unknown words are left out.
+
+    `document_frequency` is of the `documents` training texts. Source: card imdb_bilstm_attention, Model ("Classical
+    side"); scikit-learn's convention.
+    """
+    size = document_frequency.shape[0]
+    counts = jax.vmap(lambda row: jnp.zeros(size).at[row].add(1.0))(tokens)
+    weight = jnp.log((1.0 + documents) / (1.0 + document_frequency)) + 1.0
+    weighted = (counts * weight).at[:, :2].set(0.0)
+    return weighted / jnp.maximum(jnp.linalg.norm(weighted, axis=-1, keepdims=True), 1e-12)
+
+
+def example(config: Config, *, batch_size: int, key: jax.Array) -> Batch:
+    return classification.example(
+        shape=(config.length,),
+        num_classes=config.num_classes,
+        batch_size=batch_size,
+        key=key,
+        vocabulary=config.vocabulary,
+        masked=True,
+    )
+
+
+# --- the official code ---------------------------------------------------------------------------------------------
+
+_HPARAMS = {
+    "vocab_size": "vocabulary",
+    "embed_dim": "embed_dim",
+    "hidden_dim": "hidden_dim",
+    "num_layers": "num_layers",
+    "num_classes": "num_classes",
+    "dropout": "dropout_rate",
+}
+
+
+def config_to_official(config: Config) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for theirs, ours in _HPARAMS.items()}
+
+
+def official_table(config: Config) -> Table:
+    yield from parameter("embedding.weight", "embedding")
+    for layer in range(config.num_layers):
+        for way, suffix in (("forward", ""), ("backward", "_reverse")):
+            for theirs, ours in (("ih", "input/"), ("hh", "")):
+                name = f"lstm.{{}}_{theirs}_l{layer}{suffix}"
+                yield from parameter(name.format("weight"), f"{way}_{layer}/{ours}kernel", TRANSPOSE)
+                yield from parameter(name.format("bias"), f"{way}_{layer}/{ours}bias")
+    if config.pooling == "attention":
+        yield from linear("attention", "attention/score")
+    yield from linear("fc", "head")
+
+
+def official_call(model: Model, variables: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    tokens, lengths = inputs["x"], inputs["lengths"]
+    outputs = model.apply(variables, {"x": tokens, "mask": jnp.arange(tokens.shape[1]) < lengths[:, None]})
+    found = {"logits": outputs["logits"]}
+    if "attention" in outputs:  # officially as wide as the longest review
+        found["attention_weights"] = outputs["attention"][:, : int(np.max(np.asarray(lengths)))]
+    return found
+
+
+def _official(module: str, pooling: Literal["attention", "last"]) -> Official:
+    def config(hparams: Mapping[str, Any]) -> Config:
+        return Config(
+            **{ours: hparams[theirs] for theirs, ours in _HPARAMS.items() if theirs in hparams}, pooling=pooling
+        )
+
+    return Official(
+        module=f"DL/models.py:{module}",
+        config=config,
+        hparams=config_to_official,
+        table=official_table,
+        call=official_call,
+    )
+
+
+PAPER = Paper(
+    slug="imdb_bilstm_attention",
+    task=classification.TASK,
+    model=Model,
+    example=example,
+    configs={
+        "tiny": Config(length=40, vocabulary=50, embed_dim=16, hidden_dim=16, dropout_rate=0.0),
+        "tiny_last": Config(length=40, vocabulary=50, embed_dim=16, hidden_dim=16, dropout_rate=0.0, pooling="last"),
+        "imdb": Config(),
+        "imdb_last": Config(pooling="last"),
+    },
+    officials=(
+        _official("BiLSTMAttentionClassifier", "attention"),
+        _official("BiLSTMClassifier", "last"),
+    ),
+    parameter_counts={"imdb": 386_947, "imdb_last": 386_818},
+    reported={"imdb": {"accuracy": 0.7056}, "imdb_last": {"accuracy": 0.6257}, "linear_svm": {"accuracy": 0.853}},
+    quirks=(
+        "tanh of the scalar score: no place weighs more than e^2 times another",
+        "the returned weights are as wide as the longest review of the batch; ours as wide as the batch",
+        "the official vocabulary counts words of validation and test reviews too; ours does not",
+        "the test is run with the weights of the last epoch; ours with the best on validation",
+    ),
+)
