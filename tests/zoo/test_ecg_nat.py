@@ -153,7 +153,10 @@ def test_the_probe_teaches_the_encoder_nothing(pretraining):
 
     gradients = jax.jit(jax.grad(probe))(variables["params"])
     assert all(not np.any(g) for g in jax.tree.leaves(gradients["encoder"]))
-    assert np.any(gradients["head"]["kernel"])
+    assert np.any(gradients["probe"]["kernel"])
+    # Nor what comes after: its labels are more than the few of fine-tuning.
+    shapes = variable_shapes(PAPER, zoo.create("ecg_nat", "tiny"))["params"]
+    assert shapes.keys() & variables["params"].keys() == {"encoder"}
 
 
 def test_the_hidden_share_is_exact_and_evenly_drawn():

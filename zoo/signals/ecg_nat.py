@@ -280,7 +280,9 @@ class Model(nn.Module):
             length = jnp.sqrt(jnp.sum(jnp.square(projected), axis=-1, keepdims=True) + 1e-12)
             outputs["embedding"] = (projected / length * c.temperature**-0.5).reshape(size, crops, -1)[:, 0]
             outputs["contrast_weight"] = jnp.full((size,), c.contrast_weight, jnp.float32)
-        logits = Linear(c.num_classes, kernel_init=_NORMAL, bias_init=_ZEROS, name="head")(features)
+        # Not named as the head is: fine-tuning with few labels must not begin with what a probe learned from all.
+        name = "probe" if c.stage == "pretrain" else "head"
+        logits = Linear(c.num_classes, kernel_init=_NORMAL, bias_init=_ZEROS, name=name)(features)
         return outputs | {"logits": jnp.mean(logits.reshape(size, crops, -1), axis=1)}
 
 

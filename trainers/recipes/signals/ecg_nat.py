@@ -1,4 +1,12 @@
-"""ECG-NAT's runs."""
+"""ECG-NAT's runs on its stand-in: from scratch, pre-training, and fine-tuning with few labels.
+
+zoo train ecg_nat
+zoo train ecg_nat --config tiny_pretrain --workdir runs/pretrained
+zoo train ecg_nat --data standin@5 --batch-size 25 --init-from runs/pretrained --workdir runs/few
+
+The best weights of pre-training are those whose linear probe is best on the validation part.
+The paper's abstract has 88.1 % with 1 % of the labels of a set it does not name; PTB-XL and CPSC2018 are not at hand.
+"""
 
 from trainers.recipe import Optimizer, Recipe
 
