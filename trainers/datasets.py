@@ -11,6 +11,7 @@ __all__ = ["SHAPE_FIELDS", "load"]
 # The fields of a model's config that say what an example is: models that are compared must agree in them.
 SHAPE_FIELDS = {
     "forecasting": ("lookback", "horizon"),
+    "patient_classification": ("block_widths", "num_classes"),
     "recommendation": ("history",),
     "trajectory_forecasting": ("lookback", "horizon", "num_agents", "num_modes"),
 }
@@ -39,6 +40,10 @@ def load(paper: Paper, recipe: Recipe) -> Any:
             num_agents=recipe.model.num_agents,
             seed=recipe.seed,
         )
+    if paper.task.name == "patient_classification":
+        from trainers.data.cohorts import load_cohort
+
+        return load_cohort(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
     if paper.task.name == "recommendation":
         from trainers.data import load_recommendation
 
