@@ -10,6 +10,7 @@ __all__ = ["SHAPE_FIELDS", "load"]
 
 # The fields of a model's config that say what an example is: models that are compared must agree in them.
 SHAPE_FIELDS = {
+    "entity_alignment": ("num_entities", "num_relations", "num_times", "num_intervals"),
     "forecasting": ("lookback", "horizon"),
     "patient_classification": ("block_widths", "num_classes"),
     "recommendation": ("history",),
@@ -44,6 +45,10 @@ def load(paper: Paper, recipe: Recipe) -> Any:
         from trainers.data.cohorts import load_cohort
 
         return load_cohort(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
+    if paper.task.name == "entity_alignment":
+        from trainers.data.alignment import load_alignment
+
+        return load_alignment(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
     if paper.task.name == "recommendation":
         from trainers.data import load_recommendation
 
