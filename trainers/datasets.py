@@ -14,6 +14,7 @@ SHAPE_FIELDS = {
     "forecasting": ("lookback", "horizon"),
     "patient_classification": ("block_widths", "num_classes"),
     "recommendation": ("history",),
+    "row_prediction": ("tables",),
     "trajectory_forecasting": ("lookback", "horizon", "num_agents", "num_modes"),
 }
 
@@ -49,6 +50,10 @@ def load(paper: Paper, recipe: Recipe) -> Any:
         from trainers.data.alignment import load_alignment
 
         return load_alignment(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
+    if paper.task.name == "row_prediction":
+        from trainers.data.relational import load_rows
+
+        return load_rows(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
     if paper.task.name == "recommendation":
         from trainers.data import load_recommendation
 
