@@ -138,6 +138,7 @@ _MODULES = {
         "squeeze_excitation_gate",
     ),
     "graph": (
+        "block_cosine_similarity",
         "dense_gated_graph_aggregate",
         "dense_graph_aggregate",
         "dense_graph_attention",
@@ -159,6 +160,7 @@ _MODULES = {
         "random_walk_encoding",
         "segment_reduce",
         "segment_softmax",
+        "similarity_graph",
         "tree_adjacency",
     ),
     "homography": (

@@ -13,10 +13,13 @@ SHAPE_FIELDS = {
     "anomaly_detection": ("lookback", "channels"),
     "causal_discovery": ("lookback", "variates"),
     "classification": ("length", "channels", "image_size", "vocabulary", "num_classes"),  # those it has
+    "entity_alignment": ("num_entities", "num_relations", "num_times", "num_intervals"),
     "forecasting": ("lookback", "horizon"),
     "imputation": ("lookback", "hidden_share"),
+    "patient_classification": ("block_widths", "num_classes"),
     "recommendation": ("history",),
     "reconstruction": ("lookback",),
+    "row_prediction": ("tables",),
     "trajectory_forecasting": ("lookback", "horizon", "num_agents", "num_modes"),
 }
 
@@ -75,6 +78,18 @@ def load(paper: Paper, recipe: Recipe) -> Any:
             num_agents=recipe.model.num_agents,
             seed=recipe.seed,
         )
+    if paper.task.name == "patient_classification":
+        from trainers.data.cohorts import load_cohort
+
+        return load_cohort(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
+    if paper.task.name == "entity_alignment":
+        from trainers.data.alignment import load_alignment
+
+        return load_alignment(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
+    if paper.task.name == "row_prediction":
+        from trainers.data.relational import load_rows
+
+        return load_rows(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
     if paper.task.name == "recommendation":
         from trainers.data import load_recommendation
 

@@ -426,3 +426,58 @@ def test_bfloat16_eager_and_vmap(name):
     half = jax.vmap(function)(*jax.tree.map(lambda x: jnp.stack([x, x * 0.5]).astype(jnp.bfloat16), arguments))[0]
     assert half.dtype == jnp.bfloat16
     close(half.astype(jnp.float32), expected, rtol=0.05, atol=0.05)
+
+
+# ---- graphs of similarity --------------------------------------------------------------------------------------------
+
+
+def test_block_cosine_similarity_looks_at_shared_blocks_alone():
+    widths, mask = (3, 2, 4), jnp.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 1], [1, 1, 0]], bool)
+    x = draw(5, 9)
+    ours = graph.block_cosine_similarity(x, mask, widths=widths)
+    expected = np.zeros((5, 5))
+    starts = np.cumsum((0, *widths))
+    for i in range(5):
+        for j in range(5):
+            shared = [m for m in range(3) if mask[i, m] and mask[j, m]]
+            if i != j and shared:
+                a, b = (
+                    np.concatenate([np.asarray(x[k, starts[m] : starts[m + 1]], np.float64) for m in shared])
+                    for k in (i, j)
+                )
+                expected[i, j] = abs(a @ b) / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-8)
+    close(ours, jnp.asarray(expected, jnp.float32))
+    chex.assert_trees_all_equal(ours, ours.T)
+    absent = ~jnp.repeat(mask, np.array(widths), axis=1)
+    close(graph.block_cosine_similarity(jnp.where(absent, 9.0, x), mask, widths=widths), ours)
+    low = graph.block_cosine_similarity(x.astype(jnp.bfloat16), mask, widths=widths)
+    close(low.astype(jnp.float32), ours, atol=2e-2)
+    with pytest.raises(ValueError, match="widths"):
+        graph.block_cosine_similarity(x, mask, widths=(3, 2))
+
+
+def slow_similarity_graph(similarity, groups, sparsity):
+    result = np.zeros_like(similarity)
+    for group in set(groups[groups >= 0].tolist()):
+        nodes = np.flatnonzero(groups == group)
+        inside = similarity[np.ix_(nodes, nodes)]
+        limit = np.sort(inside.ravel())[int(sparsity * inside.size)]
+        kept = np.where(inside >= limit, inside, 0.0)
+        for i in range(len(nodes)):
+            best = inside[i].argmax()
+            if not kept[i].any() and inside[i, best] > 0:
+                kept[i, best] = kept[best, i] = inside[i, best]
+        result[np.ix_(nodes, nodes)] = kept
+    return result
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_similarity_graph_keeps_the_strongest_pairs_of_each_group(sparsity):
+    table = np.abs(RANDOM.normal(size=(14, 14))).astype(np.float32)
+    table = (table + table.T) * (1 - np.eye(14, dtype=np.float32))
+    table[3] = table[:, 3] = 0  # like nobody
+    groups = np.array([0, 1, 0, 0, 1, 2, 0, 0, 1, -1, 0, 1, 2, 0])
+    ours = graph.similarity_graph(jnp.asarray(table), jnp.asarray(groups), num_groups=3, sparsity=sparsity)
+    chex.assert_trees_all_equal(ours, jnp.asarray(slow_similarity_graph(table, groups, sparsity)))
+    with pytest.raises(ValueError, match="sparsity"):
+        graph.similarity_graph(jnp.asarray(table), jnp.asarray(groups), num_groups=3, sparsity=1.0)

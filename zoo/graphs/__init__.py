@@ -1,0 +1,1 @@
+"""Papers on graphs: patients, relational tables, knowledge graphs, molecules."""
