@@ -10,6 +10,7 @@ __all__ = ["SHAPE_FIELDS", "load"]
 
 # The fields of a model's config that say what an example is: models that are compared must agree in them.
 SHAPE_FIELDS = {
+    "beam_tracking": ("lookback", "image_size", "echo_channels"),
     "forecasting": ("lookback", "horizon"),
     "recommendation": ("history",),
     "trajectory_forecasting": ("lookback", "horizon", "num_agents", "num_modes"),
@@ -37,6 +38,17 @@ def load(paper: Paper, recipe: Recipe) -> Any:
             lookback=recipe.model.lookback,
             horizon=recipe.model.horizon,
             num_agents=recipe.model.num_agents,
+            seed=recipe.seed,
+        )
+    if paper.task.name == "beam_tracking":
+        from trainers.data.beam_tracking import load_beam_tracking
+
+        return load_beam_tracking(
+            recipe.data,
+            data_dir=recipe.data_dir,
+            lookback=recipe.model.lookback,
+            image_size=recipe.model.image_size,
+            echo_channels=recipe.model.echo_channels,
             seed=recipe.seed,
         )
     if paper.task.name == "recommendation":

@@ -1,0 +1,1 @@
+"""Papers on signals: of bodies, machines, radio, sound and detectors."""
