@@ -74,8 +74,8 @@ def _norm(config: Config, name: str) -> BatchNorm:
 
 
 class Convolution(nn.Module):
-    """3 x 3 convolution without padding, as a product of patches: on CPUs its kernel's gradient is several times
-    quicker than that of XLA's strided convolution."""
+    """3 x 3 convolution without padding, as a product of patches: on CPUs the gradient of the first one's kernel takes
+    less than half of the time of XLA's strided convolution."""
 
     features: int
     stride: int
@@ -157,7 +157,7 @@ class VisionAngles(nn.Module):
             # Each number of the box is a token: a direction of its own times the number, from a start of its own.
             table = self.param("box_tokens", nn.initializers.normal(1.0), (2, 4, width))
             numbers = box[..., None] * table[0] + table[1]
-            joined = (boxed + image_attention(boxed, tokens)) * (seen + box_attention(seen, numbers))
+            joined = image_attention(boxed, tokens) * box_attention(seen, numbers)
         hidden = jax.nn.relu(Linear(width // 2, name="out_1")(joined))
         return jax.nn.sigmoid(Linear(2, name="out_2")(hidden))
 
