@@ -225,7 +225,7 @@ class Tracker(nn.Module):
         tokens = stack(self, partial(EncoderLayer, c), c.num_layers, tokens, train=train)
         known = jnp.mean(tokens, axis=1)
         width = c.d_model if c.fusion == "attn2" else c.d_aux
-        now = jax.nn.relu(Linear(width, name="camera_embedding")(camera[:, -1]))
+        now = jax.nn.relu(Linear(width, name="now_embedding")(camera[:, -1]))
         if c.fusion == "attn2":
             joined = TwoTokenFusion(name="fusion")(known, now)
         else:
@@ -387,7 +387,7 @@ def tracker_table(config: Config) -> Table:
         yield from linear(f"{theirs}.linear2", f"{ours}/ffn_out")
         yield from layer_norm(f"{theirs}.norm1", f"{ours}/norm1")
         yield from layer_norm(f"{theirs}.norm2", f"{ours}/norm2")
-    yield from linear("mlp_aux.0", "tracker/camera_embedding")
+    yield from linear("mlp_aux.0", "tracker/now_embedding")
     yield from linear("mlp_out.0", "tracker/out_1")
     yield from linear("mlp_out.2", "tracker/out_2")
 
