@@ -11,6 +11,7 @@ __all__ = ["SHAPE_FIELDS", "data_of_all", "load"]
 # The fields of a model's config that say what an example is: models that are compared must agree in them.
 SHAPE_FIELDS = {
     "anomaly_detection": ("lookback", "channels"),
+    "beam_tracking": ("lookback", "image_size", "echo_channels"),
     "causal_discovery": ("lookback", "variates"),
     "classification": ("length", "channels", "image_size", "vocabulary", "num_classes"),  # those it has
     "entity_alignment": ("num_entities", "num_relations", "num_times", "num_intervals"),
@@ -90,6 +91,17 @@ def load(paper: Paper, recipe: Recipe) -> Any:
         from trainers.data.relational import load_rows
 
         return load_rows(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
+    if paper.task.name == "beam_tracking":
+        from trainers.data.beam_tracking import load_beam_tracking
+
+        return load_beam_tracking(
+            recipe.data,
+            data_dir=recipe.data_dir,
+            lookback=recipe.model.lookback,
+            image_size=recipe.model.image_size,
+            echo_channels=recipe.model.echo_channels,
+            seed=recipe.seed,
+        )
     if paper.task.name == "recommendation":
         from trainers.data import load_recommendation
 
