@@ -5,8 +5,10 @@ zoo train gelgt --config f1_small --data f1_relational/driver_position --data-di
 Measured on two shared CPU cores (AMD EPYC), jax 0.10.2, float32, with the model, data and optimiser of `tiny`: AUROC of
 the stand-in's 200 test questions 0.951 after 100 steps and 0.978 after 200 (chance: 0.5); 50 steps took 8 s, compiling
 about two minutes while other programs ran. Without the lag bias (`--model.lag-bias False`) it is 0.958 and 0.979: this
-stand-in does not tell the two apart, since lags from the seed's moment are in every token's time encoding as well. The paper's 3.7345 MAE on driver-position is of the configuration `f1_paper`
-with word vectors of names; none of the `f1` configurations has been run to its end yet.
+stand-in does not tell the two apart, since lags from the seed's moment are in every token's time encoding as well.
+
+The paper reports 3.7345 MAE on driver-position, with word vectors of names (`f1_paper` lacks those); none of the `f1`
+configurations has been run to its end yet.
 """
 
 from trainers.recipe import Evaluation, Optimizer, Recipe
