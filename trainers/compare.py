@@ -14,7 +14,7 @@ from rich.table import Table
 
 import zoo
 from trainers import distributed
-from trainers.datasets import SHAPE_FIELDS, data_of_all
+from trainers.datasets import data_of_all, shape_fields
 from trainers.flops import matmul_flops
 from trainers.logs import METRICS_FILE, read_metrics
 from trainers.loop import prepare, train
@@ -100,8 +100,8 @@ def contenders(
         every=max(1, steps // 20) if steps is not None else None,
         patience=None,  # an early stop would be a smaller budget
     )
-    data = data_of_all(zoo.paper(first.paper), data)
-    fields = [field for field in SHAPE_FIELDS.get(tasks[first_name], ()) if hasattr(first.model, field)]
+    served = zoo.paper(first.paper).serving(first.model)
+    data, fields = data_of_all(served, data), shape_fields(served)
     shapes = {field: getattr(first.model, field) for field in fields}
     for name, recipe in found.items():
         if missing := [field for field in fields if not hasattr(recipe.model, field)]:

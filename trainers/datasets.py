@@ -1,138 +1,81 @@
 """From a recipe to its data: the one place that knows which loader serves which task."""
 
+import importlib
+from dataclasses import dataclass
 from typing import Any
 
 from trainers.recipe import Recipe
 from zoo.errors import UserError
 from zoo.paper import Paper
 
-__all__ = ["SHAPE_FIELDS", "data_of_all", "load"]
+__all__ = ["data_of_all", "load", "shape_fields"]
 
-# The fields of a model's config that say what an example is: models that are compared must agree in them.
-SHAPE_FIELDS = {
-    "anomaly_detection": ("lookback", "channels"),
-    "beam_tracking": ("lookback", "image_size", "echo_channels"),
-    "causal_discovery": ("lookback", "variates"),
-    "classification": ("length", "channels", "image_size", "vocabulary", "num_classes"),  # those it has
-    "entity_alignment": ("num_entities", "num_relations", "num_times", "num_intervals"),
-    "forecasting": ("lookback", "horizon"),
-    "imputation": ("lookback", "hidden_share"),
-    "patient_classification": ("block_widths", "num_classes"),
-    "recommendation": ("history",),
-    "reconstruction": ("lookback",),
-    "row_prediction": ("tables",),
-    "trajectory_forecasting": ("lookback", "horizon", "num_agents", "num_modes"),
+
+@dataclass(frozen=True)
+class Loader:
+    """Where a task's loader is, as "module.function" under `trainers.data`, and what it takes of the model's config."""
+
+    function: str
+    fields: tuple[str, ...] = ()  # passed by their names
+    whole: tuple[str, ...] = ()  # the config is passed as a whole, and these say what an example is
+    shape: tuple[str, ...] = ()  # fields that further say what an example is
+    sizes: tuple[str, ...] = ()  # passed too, but each paper's own
+    own_standin: bool = False  # every paper has a stand-in of its own
+
+
+_SIGNALS = Loader("signals.load_signals", ("length", "channels", "num_classes"), own_standin=True)
+
+# By task; classification by task and room, since its papers take signals, texts or images.
+_LOADERS = {
+    "anomaly_detection": Loader("attacks.load_attacks", ("lookback",), shape=("channels",)),
+    "beam_tracking": Loader("beam_tracking.load_beam_tracking", ("lookback", "image_size", "echo_channels")),
+    "causal_discovery": Loader("systems.load_system", ("lookback",), shape=("variates",)),
+    "classification/language": Loader("texts.load_texts", ("length", "vocabulary", "num_classes")),
+    "classification/series": _SIGNALS,
+    "classification/signals": _SIGNALS,
+    "entity_alignment": Loader(
+        "alignment.load_alignment", whole=("num_entities", "num_relations", "num_times", "num_intervals")
+    ),
+    "forecasting": Loader("forecasting.load_forecasting", ("lookback", "horizon")),
+    "imputation": Loader("imputation.load_imputation", ("lookback", "hidden_share")),
+    "patient_classification": Loader("cohorts.load_cohort", whole=("block_widths", "num_classes")),
+    "recommendation": Loader("recommendation.load_recommendation", ("history",), sizes=("num_items",)),
+    "reconstruction": Loader("telemetry.load_telemetry", ("lookback",)),
+    "row_prediction": Loader("relational.load_rows", whole=("tables",)),
+    "trajectory_forecasting": Loader(
+        "trajectories.load_trajectories", ("lookback", "horizon", "num_agents"), shape=("num_modes",)
+    ),
 }
 
-_SIGNAL_ROOMS = ("signals", "series")
+
+def _loader(paper: Paper) -> Loader:
+    task = paper.task.name
+    for name in (task, f"{task}/{paper.entry.room}"):
+        if name in _LOADERS:
+            return _LOADERS[name]
+    raise UserError(f"{paper.slug}: no loader serves the task {task} yet")
+
+
+def shape_fields(paper: Paper) -> tuple[str, ...]:
+    """The fields of a model's config that say what an example is: models that are compared must agree in them."""
+    loader = _loader(paper)
+    return (*loader.fields, *loader.whole, *loader.shape)
 
 
 def data_of_all(first: Paper, name: str) -> str:
     """The name of the data for all that are compared with `first`: where every paper has a stand-in of its own, that
     of the first."""
-    own = first.task.name == "classification" and first.entry.room in _SIGNAL_ROOMS
-    return f"standin/{first.slug}" if own and name == "standin" else name
+    return f"standin/{first.slug}" if name == "standin" and _loader(first).own_standin else name
 
 
 def load(paper: Paper, recipe: Recipe) -> Any:
     """The data of a recipe: an object with `train`, `valid` and `test` splits (see `trainers.step.Split`)."""
-    if paper.task.name == "forecasting":
-        from trainers.data import load_forecasting
-
-        return load_forecasting(
-            recipe.data,
-            data_dir=recipe.data_dir,
-            lookback=recipe.model.lookback,
-            horizon=recipe.model.horizon,
-            seed=recipe.seed,
-        )
-    if paper.task.name == "anomaly_detection":
-        from trainers.data.attacks import load_attacks
-
-        return load_attacks(recipe.data, data_dir=recipe.data_dir, lookback=recipe.model.lookback, seed=recipe.seed)
-    if paper.task.name == "causal_discovery":
-        from trainers.data.systems import load_system
-
-        return load_system(recipe.data, data_dir=recipe.data_dir, lookback=recipe.model.lookback, seed=recipe.seed)
-    if paper.task.name == "imputation":
-        from trainers.data.imputation import load_imputation
-
-        return load_imputation(
-            recipe.data,
-            data_dir=recipe.data_dir,
-            lookback=recipe.model.lookback,
-            hidden_share=recipe.model.hidden_share,
-            seed=recipe.seed,
-        )
-    if paper.task.name == "reconstruction":
-        from trainers.data.telemetry import load_telemetry
-
-        return load_telemetry(recipe.data, data_dir=recipe.data_dir, lookback=recipe.model.lookback, seed=recipe.seed)
-    if paper.task.name == "trajectory_forecasting":
-        from trainers.data.trajectories import load_trajectories
-
-        return load_trajectories(
-            recipe.data,
-            data_dir=recipe.data_dir,
-            lookback=recipe.model.lookback,
-            horizon=recipe.model.horizon,
-            num_agents=recipe.model.num_agents,
-            seed=recipe.seed,
-        )
-    if paper.task.name == "patient_classification":
-        from trainers.data.cohorts import load_cohort
-
-        return load_cohort(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
-    if paper.task.name == "entity_alignment":
-        from trainers.data.alignment import load_alignment
-
-        return load_alignment(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
-    if paper.task.name == "row_prediction":
-        from trainers.data.relational import load_rows
-
-        return load_rows(recipe.data, data_dir=recipe.data_dir, config=recipe.model, seed=recipe.seed)
-    if paper.task.name == "beam_tracking":
-        from trainers.data.beam_tracking import load_beam_tracking
-
-        return load_beam_tracking(
-            recipe.data,
-            data_dir=recipe.data_dir,
-            lookback=recipe.model.lookback,
-            image_size=recipe.model.image_size,
-            echo_channels=recipe.model.echo_channels,
-            seed=recipe.seed,
-        )
-    if paper.task.name == "recommendation":
-        from trainers.data import load_recommendation
-
-        return load_recommendation(
-            recipe.data,
-            data_dir=recipe.data_dir,
-            history=recipe.model.history,
-            num_items=recipe.model.num_items,
-            seed=recipe.seed,
-        )
-    if paper.task.name == "classification" and paper.entry.room in _SIGNAL_ROOMS:
-        from trainers.data.signals import load_signals
-
-        return load_signals(
-            recipe.data,
-            paper=paper.slug,
-            data_dir=recipe.data_dir,
-            length=recipe.model.length,
-            channels=recipe.model.channels,
-            num_classes=recipe.model.num_classes,
-            seed=recipe.seed,
-        )
-    if paper.task.name == "classification" and paper.entry.room == "language":
-        from trainers.data.texts import load_texts
-
-        return load_texts(
-            recipe.data,
-            data_dir=recipe.data_dir,
-            length=recipe.model.length,
-            vocabulary=recipe.model.vocabulary,
-            num_classes=recipe.model.num_classes,
-            seed=recipe.seed,
-        )
-    raise UserError(f"{paper.slug}: no loader serves the task {paper.task.name} yet")
+    loader = _loader(paper)
+    module, _, name = loader.function.rpartition(".")
+    options = {field: getattr(recipe.model, field) for field in (*loader.fields, *loader.sizes)}
+    if loader.whole:
+        options["config"] = recipe.model
+    if loader.own_standin:
+        options["paper"] = paper.slug
+    function = getattr(importlib.import_module(f"trainers.data.{module}"), name)
+    return function(recipe.data, data_dir=recipe.data_dir, seed=recipe.seed, **options)
