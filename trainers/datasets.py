@@ -24,15 +24,17 @@ class Loader:
 
 
 _SIGNALS = Loader("signals.load_signals", ("length", "channels", "num_classes"), own_standin=True)
+_TEXTS = Loader("texts.load_texts", ("length", "vocabulary", "num_classes"))
 
 # By task; classification by task and room, since its papers take signals, texts or images.
 _LOADERS = {
     "anomaly_detection": Loader("attacks.load_attacks", ("lookback",), shape=("channels",)),
     "beam_tracking": Loader("beam_tracking.load_beam_tracking", ("lookback", "image_size", "echo_channels")),
     "causal_discovery": Loader("systems.load_system", ("lookback",), shape=("variates",)),
-    "classification/language": Loader("texts.load_texts", ("length", "vocabulary", "num_classes")),
+    "classification/language": _TEXTS,
     "classification/series": _SIGNALS,
     "classification/signals": _SIGNALS,
+    "classification/theory": _TEXTS,
     "entity_alignment": Loader(
         "alignment.load_alignment", whole=("num_entities", "num_relations", "num_times", "num_intervals")
     ),

@@ -88,7 +88,8 @@ def _mismatches(case: Case) -> Iterator[str]:
 
     @jax.jit
     def run(chosen_params, chosen_inputs):
-        outputs = bridge.call(model, forwards(table, params | chosen_params), inputs | chosen_inputs)
+        tensors = jax.tree.map(jnp.asarray, params | chosen_params)
+        outputs = bridge.call(model, forwards(table, tensors), inputs | chosen_inputs)
         return sum((jnp.sum(outputs[k] * c) for k, c in cotangents.items()), jnp.zeros(())), outputs
 
     with jax.default_matmul_precision("highest"):

@@ -20,7 +20,7 @@ from zoo.catalogue import closest
 from zoo.errors import UserError
 from zoo.tasks.classification import class_prior
 
-__all__ = ["TextData", "TextSplit", "load_texts", "negation_standin", "words_of"]
+__all__ = ["TextData", "TextSplit", "load_texts", "negation_standin", "polar_standin", "words_of"]
 
 _REVIEWS = 10_000
 _SEED = 42  # of the division
@@ -100,6 +100,35 @@ def negation_standin(
     return {"train": draw(8_000), "valid": draw(1_000), "test": draw(2_000)}
 
 
+def polar_standin(
+    seed: int, *, length: int, vocabulary: int, num_classes: int
+) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
+    """Texts of 16 words: 160 neutral, 20 good, 20 bad; 2 to 4 of them good or bad, their majority the label.
+
+    A tie is drawn again. What a word is worth never changes, so that a mean of words is enough. 4,000 texts to train
+    on, 500 for validation, 1,000 for test. Source: card hardmax_clustering, Data.
+    """
+    if (vocabulary, num_classes) != (202, 2) or length < 16:
+        raise UserError(
+            f"standin_polar has 202 words, 2 classes and 16 words a text: set --model.vocabulary 202 "
+            f"--model.num-classes 2 --model.length 16 instead of {vocabulary}, {num_classes}, {length}"
+        )
+    rng = np.random.Generator(np.random.PCG64(seed))
+
+    def draw(count: int) -> tuple[list[np.ndarray], np.ndarray]:
+        texts, labels = [], []
+        while len(texts) < count:
+            polar = rng.integers(0, 2, rng.integers(2, 5))
+            if 2 * polar.sum() == len(polar):
+                continue
+            words = np.concatenate([162 + 20 * polar + rng.integers(0, 20, len(polar)), 2 + rng.integers(0, 160, 16)])
+            texts.append(rng.permutation(words[:16]).astype(np.int32))
+            labels.append(int(2 * polar.sum() < len(polar)))
+        return texts, np.array(labels, np.int32)
+
+    return {"train": draw(4_000), "valid": draw(500), "test": draw(1_000)}
+
+
 def _divide(label: np.ndarray) -> dict[str, np.ndarray]:
     """Numbers of the rows of each part, of at most `_REVIEWS`, all classes in their proportion."""
     rng = np.random.Generator(np.random.PCG64(_SEED))
@@ -114,6 +143,12 @@ def _divide(label: np.ndarray) -> dict[str, np.ndarray]:
     return {part: np.sort(np.concatenate(found)) for part, found in parts.items()}
 
 
+_GENERATED = {  # the generator, and what its words are called
+    "standin": (negation_standin, (("n", 20), ("+", 10), ("-", 10), ("not", 4))),
+    "standin_polar": (polar_standin, (("n", 160), ("+", 20), ("-", 20))),
+}
+
+
 def _numbered(texts: Iterable[list[str]], vocabulary: tuple[str, ...]) -> list[np.ndarray]:
     number = {word: i for i, word in enumerate(vocabulary)}
     return [np.array([number.get(word, 1) for word in text], np.int32) for text in texts]
@@ -122,16 +157,13 @@ def _numbered(texts: Iterable[list[str]], vocabulary: tuple[str, ...]) -> list[n
 def load_texts(
     name: str, *, data_dir: str | None, length: int, vocabulary: int, num_classes: int, seed: int = 0
 ) -> TextData:
-    """The set of that name: "standin" or "imdb_sample". `seed` matters to the stand-in alone."""
-    if name == "standin":
+    """The set of that name: "standin", "standin_polar" or "imdb_sample". `seed` matters to the stand-ins alone."""
+    if name in _GENERATED:
         if data_dir is not None:
             raise UserError("the stand-in is generated and takes no --data-dir; name the set, as in --data imdb_sample")
-        parts = negation_standin(seed, length=length, vocabulary=vocabulary, num_classes=num_classes)
-        words = (
-            "",
-            "?",
-            *(f"{kind}{i}" for kind, n in (("n", 20), ("+", 10), ("-", 10), ("not", 4)) for i in range(n)),
-        )
+        generate, kinds = _GENERATED[name]
+        parts = generate(seed, length=length, vocabulary=vocabulary, num_classes=num_classes)
+        words = ("", "?", *(f"{kind}{i}" for kind, n in kinds for i in range(n)))
     elif name == "imdb_sample":
         if num_classes != 2:
             raise UserError(f"{name} has 2 classes, not {num_classes}: set --model.num-classes 2")
@@ -145,7 +177,7 @@ def load_texts(
         words = ("", "?", *known)
         parts = {part: (_numbered(texts[part], words), label[rows[part]]) for part in texts}
     else:
-        raise UserError(f"no set of texts is called {name!r}{closest(name, ['standin', 'imdb_sample'])}")
+        raise UserError(f"no set of texts is called {name!r}{closest(name, [*_GENERATED, 'imdb_sample'])}")
     prior = jnp.asarray(class_prior(parts["train"][1], num_classes))
 
     def split(texts: list[np.ndarray], label: np.ndarray) -> TextSplit:

@@ -1,0 +1,1 @@
+"""Recipes of papers that prove, where they also train."""

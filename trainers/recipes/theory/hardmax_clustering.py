@@ -1,0 +1,30 @@
+"""The hardmax classifier: `zoo train hardmax_clustering` (stand-in), and the paper's settings on IMDb.
+
+zoo train hardmax_clustering --config imdb --data-dir <folder with imdb_sample.jsonl or the aclImdb files>
+"""
+
+from trainers.recipe import Evaluation, Optimizer, Recipe
+
+
+def _imdb(config: str) -> Recipe:
+    return Recipe(
+        paper="hardmax_clustering",
+        config=config,
+        data="imdb_sample",
+        batch_size=64,
+        epochs=101,
+        optimizer=Optimizer(name="adam", learning_rate=1e-3, schedule="constant", clip_norm=5.0),
+        evaluation=Evaluation(patience=None),
+    )
+
+
+RECIPES = {
+    "tiny": Recipe(
+        paper="hardmax_clustering",
+        data="standin_polar",
+        batch_size=64,
+        epochs=20,
+        optimizer=Optimizer(name="adam", learning_rate=1e-2, schedule="cosine", clip_norm=5.0),
+    ),
+    **{config: _imdb(config) for config in ("imdb", "imdb_4", "imdb_8", "imdb_16")},
+}
