@@ -23,8 +23,8 @@ RECIPES = {
         paper="hardmax_clustering",
         data="standin_polar",
         batch_size=64,
-        epochs=20,
-        optimizer=Optimizer(name="adam", learning_rate=1e-2, schedule="cosine", clip_norm=5.0),
+        epochs=30,
+        optimizer=Optimizer(name="adam", learning_rate=3e-2, schedule="cosine", clip_norm=5.0),
     ),
     **{config: _imdb(config) for config in ("imdb", "imdb_4", "imdb_8", "imdb_16")},
 }
