@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,8 +30,11 @@ def flags(cls, prefix=""):
     for field in dataclasses.fields(cls):
         if cls is Recipe and field.name in ("paper", "model"):
             continue
+        several = typing.get_origin(field.type) is tuple and typing.get_args(field.type)[0]
         if dataclasses.is_dataclass(field.type):
             yield from flags(field.type, f"{prefix}{field.name}.")
+        elif dataclasses.is_dataclass(several):
+            yield from flags(several, f"{prefix}{field.name}.0.")
         else:
             yield f"--{prefix}{field.name}".replace("_", "-")
 

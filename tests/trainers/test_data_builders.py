@@ -796,7 +796,9 @@ def test_a_missing_file_is_named(name, tmp_path):
     for number, file in enumerate(file for file in case.files if file not in case.optional):
         if number in (0, len(case.files) - 1):
             rest = {other: content for other, content in case.files.items() if other != file}
-            with pytest.raises(zoo.UserError, match=r"holds? (no|none of) |is one of 27 photographs|no colour image"):
+            with pytest.raises(
+                zoo.UserError, match=r"holds? (no|none of) |is one of 27 photographs|no colour image|for 1 subjects"
+            ):
                 load_dataset(set_of(name), write(tmp_path / f"without {number}", rest))
 
 

@@ -36,11 +36,11 @@ _HARMONICS = 4
 class Columns:
     """A table: how many rows it has, and how many columns of each kind."""
 
-    name: str
-    rows: int
-    numerical: int = 0
+    name: str  # of the table
+    rows: int  # how many it has
+    numerical: int = 0  # how many columns of numbers
     categorical: tuple[int, ...] = ()  # for each column, how many values there are
-    timestamp: int = 0
+    timestamp: int = 0  # how many columns of moments
     embedding: tuple[int, ...] = ()  # for each column, how many numbers a cell has
 
     def __post_init__(self):
@@ -64,24 +64,24 @@ class Columns:
 class Config:
     """Sizes and constants; times are in days."""
 
-    tables: tuple[Columns, ...]
+    tables: tuple[Columns, ...]  # the columns of each table of the database
     num_tokens: int = 800  # K, rows sampled around a seed; what the data holds
     num_kept: int = 300  # K', of which so many are kept
-    d_model: int = 512  # D
-    num_outputs: int = 1  # C
+    d_model: int = 512  # D, of a row throughout
+    num_outputs: int = 1  # C, numbers predicted of a row
     num_heads: int = 4  # H; also R, the number of Gaussians
     num_layers: int = 1  # n, attention layers
     gnn_layers: int = 3  # of the branch along links
     gin_layers: int = 4  # of the structural encoding
     table_width: int = 128  # of a column, and inside the encoder of a table
     table_layers: int = 4  # residual blocks of that encoder
-    max_hop: int = 3
+    max_hop: int = 3  # links that a sampled row may lie away from the seed
     max_lag: float = 30.0  # T_max, the largest centre of a Gaussian at the start
     width_start: float = 10.0  # sigma of every Gaussian at the start
     lag_bias: bool = True  # False: attention knows no time, to compare with
     dropout_rate: float = 0.1  # of feed-forward layers, of attention's output and of the branch along links
-    attention_dropout_rate: float = 0.1
-    table_dropout_rate: float = 0.2
+    attention_dropout_rate: float = 0.1  # of attention weights
+    table_dropout_rate: float = 0.2  # inside the encoder of a table
     edge_dropout_rate: float = 0.2  # of links, in the branch along them
     strict_past: bool = True  # sample rows dated before the moment of prediction; False: at that moment too, officially
     codebook: tuple[int, int, int] | None = None  # nodes, centroids and width of what is never read

@@ -31,7 +31,7 @@ class Config:
     """Sizes and constants."""
 
     block_widths: tuple[int, ...] = (1000, 1000, 1000)  # F_m, features of each kind of measurement
-    num_classes: int = 5  # C
+    num_classes: int = 5  # C, kinds of patients
     d_model: int = 128  # D, of embeddings throughout
     num_heads: int = 2  # H, of the attention over blocks
     num_layers: int = 2  # graph layers

@@ -32,11 +32,11 @@ class Config:
     num_entities: int  # n, of both graphs, with a last one of which nothing is known
     num_relations: int  # 2R, each in both directions
     num_times: int  # P, points in time
-    num_intervals: int  # Q
+    num_intervals: int  # Q, spans of time
     null_interval: int = 0  # which of them is "no time"
-    d_model: int = 50  # d
+    d_model: int = 50  # d, of the vectors of entities, relations and times
     depth: int = 2  # rounds of propagation
-    num_proxies: int = 64
+    num_proxies: int = 64  # vectors of the gate that entities are compared with
     structural_attention: bool = True  # False: all neighbours weigh the same
     structural_gate: bool = True
     temporal_attention: bool = True
@@ -48,9 +48,9 @@ class Config:
     detach_temporal: bool = False  # the consensus does not teach the temporal view
     dropout_rate: float = 0.3  # of both views' vectors
     temperature: float = 0.1  # tau, of the seed loss
-    consensus_width: int = 32
-    consensus_layers: int = 3
-    consensus_steps: int = 5  # L
+    consensus_width: int = 32  # of the noise that tells how well neighbours agree
+    consensus_layers: int = 3  # rounds of propagation of that noise
+    consensus_steps: int = 5  # L, refinements of the matching
     num_candidates: int = 15  # k, at most as many as there are targets
     norm_epsilon: float = 1e-12  # least norm in a cosine
     choice_epsilon: float = 1e-8  # added to the probability of the right candidate
