@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from trainers.checkpoints import read_variables, stored_steps
 from trainers.logs import TIMES
 
-ROUNDS = int(os.environ.get("ZOO_KILL_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("ZOO_KILL_ROUNDS", "3"))
 EVERY = 8  # steps between saves
 STEPS = 200 + 40 * ROUNDS  # at most 40 a round on average, some to be left at the end
 
