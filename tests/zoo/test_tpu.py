@@ -37,7 +37,10 @@ def test_the_train_step_compiles_for_a_slice_of_sixteen(slug):
     assert report.device == "TPU v5 lite"
     assert report.memory.fits
     assert report.memory.temporaries > 0
-    assert {e.kind for e in report.exchanges} >= {"all-reduce", "all-gather"}
+    kinds = {e.kind for e in report.exchanges}
+    assert "all-reduce" in kinds
+    # What is split over fsdp is gathered; the hardmax classifier's two channels are not.
+    assert "all-gather" in kinds or not any("fsdp" in r.spec for r in rows)
     assert 0 < report.step_seconds < 1
     assert report.limit in report_text(report)
     assert report.model_flops <= 16 * report.flops
