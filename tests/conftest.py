@@ -26,19 +26,6 @@ install_import_hook(["layers", "zoo", "trainers.data"], "beartype.beartype")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Modules that compile one thing for each slug or name: with --dist loadgroup, its tests stay on one worker, and those
-# of every other module do, so that nothing is compiled or trained on several workers.
-_DIVIDED = ("test_sweep", "test_backbones", "test_parity", "test_hub", "test_tpu", "test_config")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    for item in items if config.pluginmanager.hasplugin("xdist") else []:
-        module = item.path.stem
-        chosen = item.callspec.params if hasattr(item, "callspec") else {}
-        which = str(chosen.get("slug", chosen.get("name", "")))
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{module} {which * (module in _DIVIDED)}"))
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_module():
