@@ -135,8 +135,9 @@ def test_scalogram_of_a_tone_peaks_at_its_frequency():
         # 1/sqrt(a) weighs lower frequencies a little more: the nearest row or the one below it.
         nearest = int(jnp.argmin(jnp.abs(frequencies - tone)))
         assert int(jnp.argmax(image[:, 128])) in (nearest, nearest - 1)
-        assert float(image.min()) == 0
-        assert float(image.max()) == 1
+        # The transform on several threads differs in the last bit from run to run.
+        assert float(image.min()) == pytest.approx(0, abs=1e-6)
+        assert float(image.max()) == pytest.approx(1, abs=1e-6)
     flat = wavelets.scalogram(jnp.zeros(16), frequencies[:3], sampling_rate=rate)
     np.testing.assert_array_equal(flat, 0)
     gradient = jax.grad(lambda x: wavelets.scalogram(x, frequencies[:3], sampling_rate=rate).sum())(jnp.zeros(16))
