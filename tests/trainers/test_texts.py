@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import zoo
-from trainers.data.texts import load_texts, negation_standin, words_of
+from trainers.data.texts import load_texts, negation_standin, polar_standin, words_of
 
 SIZES = {"length": 40, "vocabulary": 50, "num_classes": 2}
 
@@ -98,3 +98,19 @@ def test_in_the_standin_negators_turn_the_next_word_around():
         assert (total > 0) == expected
         assert total
     assert 0.45 < label.mean() < 0.55
+
+
+def test_the_polar_stand_in_is_a_majority_of_words():
+    sizes = {"length": 16, "vocabulary": 202, "num_classes": 2}
+    parts, again, other = (polar_standin(seed, **sizes) for seed in (3, 3, 4))
+    texts, label = parts["train"]
+    assert np.array_equal(texts[:9], again["train"][0][:9])
+    assert not np.array_equal(texts[0], other["train"][0][0])
+    assert [len(part[1]) for part in parts.values()] == [4_000, 500, 1_000]
+    assert 0.45 < label.mean() < 0.55
+    for words, positive in zip(texts[:200], label[:200], strict=True):
+        good, bad = np.sum((words >= 162) & (words < 182)), np.sum(words >= 182)
+        assert 1 <= good + bad <= 4
+        assert (good > bad) == bool(positive)
+    with pytest.raises(zoo.UserError, match="standin_polar has 202 words, 2 classes and 16 words a text: set --model"):
+        load_texts("standin_polar", data_dir=None, length=16, vocabulary=50, num_classes=2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.theory.wasserstein_flow import energy, measure
+from zoo.theory.wasserstein_flow import energy, measure, simulate
 
 
 def test_the_velocity_is_the_gradient_of_the_energy_for_one_head():
@@ -36,3 +36,25 @@ def test_the_noise_term_is_the_mean_change_of_energy():
     changes = jax.vmap(lambda k: (energy(x, weights + k) + energy(x, weights - k)) / 2 - energy(x, weights))(kicks)
     rate = measure(x, weights, jnp.zeros_like(weights), variance).energy_rate
     assert float(jnp.mean(changes)) / dt == pytest.approx(float(rate), rel=0.05)
+
+
+def test_what_starts_close_stays_close_and_order_does_not_matter():
+    keys = jax.random.split(jax.random.key(2), 3)
+    x = jax.random.normal(keys[0], (10, 3))
+    x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    weights = jax.random.normal(keys[1], (3, 3, 3))
+    weights = (weights + jnp.swapaxes(weights, 1, 2)) / 2
+    options = {"drift": "oscillating", "steps": 100, "dt": 0.01, "every": 100}
+    course = simulate(x, weights, **options)
+    np.testing.assert_allclose(jnp.linalg.norm(course.tokens, axis=-1), 1.0, atol=1e-5)
+    near = x + 1e-3 * jax.random.normal(keys[2], x.shape)
+    near = near / jnp.linalg.norm(near, axis=-1, keepdims=True)
+    moved = simulate(near, weights, **options)
+    start, end = (float(jnp.linalg.norm(moved.tokens[i] - course.tokens[i])) for i in (0, -1))
+    assert end < np.exp(4.0) * start
+    other = simulate(x, weights + 1e-3, **options)
+    assert abs(float(other.energy[-1] - course.energy[-1])) < 0.1 * abs(float(course.energy[-1]))
+    order = jax.random.permutation(keys[2], 10)
+    again = simulate(x[order], weights, **options)
+    np.testing.assert_allclose(again.tokens[-1], course.tokens[-1][order], atol=1e-4)
+    np.testing.assert_allclose(again.energy, course.energy, rtol=1e-5)
