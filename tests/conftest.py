@@ -1,5 +1,6 @@
 """Test-wide set-up: eight virtual CPU devices, quick compilation, and jaxtyping signatures turned into checks."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -19,9 +20,11 @@ for _flag in _FLAGS:
     if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
-from jaxtyping import install_import_hook  # noqa: E402
+from tests.signatures import check_signatures  # noqa: E402
 
-install_import_hook(["layers", "zoo", "trainers.data"], "beartype.beartype")
+check_signatures(["layers", "zoo", "trainers.data"])
+# Tracing makes millions of short-lived objects and few cycles: the usual threshold costs 5 % of the time.
+gc.set_threshold(50_000, 20, 50)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -188,6 +188,8 @@ def make_program(
         one = batch_sharding(mesh, x.shape[1:]).spec
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *one)))
 
+    # `run` asks for the shapes first and traces it then: as a function of its own it is traced once for both.
+    @partial(jax.jit, inline=True)
     def one_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         dropout = jax.random.fold_in(dropout_key, state.step)
         compute = value_and_gradients if accumulate == 1 else in_parts
