@@ -61,15 +61,25 @@ def _bands(query_length: int, key_length: int, mask: Mask | None) -> list[_Band]
 
 
 def _visible(mask, start: int, size: int, query_length: int, key_length: int) -> tuple[int, int]:
-    """A range of keys outside which the queries are known to see nothing, to within a tile."""
-    tile = max(128, key_length // 64)
-    seen = [
-        k
-        for k in range(0, key_length, tile)
-        if mask is None
-        or mask.covers(start, size, k, min(tile, key_length - k), shift=key_length - query_length) is not False
-    ]
-    return (seen[0], min(seen[-1] + tile, key_length)) if seen else (0, 1)
+    """A range of keys outside which the queries are known to see nothing, to within 128."""
+
+    def seen(first: int, last: int, tile: int) -> list[int]:
+        """Of the tiles from `first` to `last`, the beginnings of those that are not known to be forbidden."""
+        shift = key_length - query_length
+        return [
+            k
+            for k in range(first, min(last, key_length), tile)
+            if mask is None or mask.covers(start, size, k, min(tile, key_length - k), shift=shift) is not False
+        ]
+
+    # Few large tiles first, for time, then small ones at both ends, or a window would widen with the length.
+    large, small = max(128, key_length // 64), 128
+    tiles = seen(0, key_length, large)
+    if not tiles:
+        return 0, 1
+    begin = [*seen(tiles[0], tiles[0] + large, small), tiles[0]][0]
+    end = [tiles[-1] + large - small, *seen(tiles[-1], tiles[-1] + large, small)][-1]
+    return begin, min(end + small, key_length)
 
 
 def _heads_first(x: Array) -> Float[Array, "BH L D"]:

@@ -10,6 +10,7 @@ import pytest
 
 import layers
 from layers import kernels
+from layers.blocked import _bands
 
 KEYS = jax.random.split(jax.random.key(3), 8)
 normal = jax.random.normal
@@ -120,6 +121,14 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
         return jax.jit(loss).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(8192) < 24 * temporary(512)
+
+
+def test_scores_under_a_window_grow_with_the_length(monkeypatch):
+    monkeypatch.setattr("layers.blocked._MIN_QUERIES", 128)
+    bands = {n: _bands(n, n, layers.WindowMask(255, 0)) for n in (4096, 65536)}
+    scores = {n: sum(band.size * band.count * band.width for band in bands[n]) for n in bands}
+    assert scores[65536] < 16.5 * scores[4096]
+    assert scores[4096] < 4096 * (2 * 256 + 3 * 128)
 
 
 def test_bfloat16_in_blocks():

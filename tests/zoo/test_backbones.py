@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import layers
 import zoo
@@ -32,12 +32,18 @@ def built(name):
     record = zoo.backbone(name)
     model = zoo.create(record.slug, "tiny")
     example = record.example(model.config, batch_size=3, key=KEY)
-    variables = jax.jit(lambda example: record.initialize(model, {"params": KEY, "dropout": KEY}, example))(example)
-    leaves, tree = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(KEY, len(leaves))
-    # Zeros and ones of the initialisation would hide paths that are not there.
-    params = tree.unflatten([v + 0.1 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
-    return record, model, example, {**variables, "params": params}, jax.jit(model.apply)
+    # Zeros and ones of the initialisation would hide paths that are not there, and it takes as long to compile as
+    # all the rest: parameters are drawn, scales around one.
+    variables = {
+        collection: {path: drawn(i, path[-1], shape) for i, (path, shape) in enumerate(flatten_dict(tree).items())}
+        for collection, tree in variable_shapes(record, model).items()
+    }
+    return record, model, example, {k: unflatten_dict(v) for k, v in variables.items()}, jax.jit(model.apply)
+
+
+def drawn(seed, name, like):
+    random = np.random.default_rng(seed).normal(0.0, 0.15, like.shape)
+    return jnp.asarray(random + (name in ("scale", "var")), like.dtype)
 
 
 def floats(tree):
@@ -92,6 +98,16 @@ def test_configs_build_without_computing_and_have_the_published_number_of_parame
         shapes = variable_shapes(record, record.model(record.configs[config]))
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
         assert count == record.parameter_counts.get(config, count) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet", "mamba"])
+def test_initial_values_are_finite_and_alike_in_scale(name):
+    record, model, example, variables, apply = built(name)
+    fresh = jax.jit(lambda example: record.initialize(model, {"params": KEY, "dropout": KEY}, example))(example)
+    chex.assert_trees_all_equal_shapes_and_dtypes(fresh, variables)
+    outputs = floats(apply(fresh, **example))
+    chex.assert_tree_all_finite(outputs)
+    assert 1e-3 < float(jnp.std(outputs[0])) < 10
 
 
 @each_backbone
