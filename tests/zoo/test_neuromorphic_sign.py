@@ -181,7 +181,7 @@ def test_attention_holds_what_it_looks_for():  # Acceptance 5
     camera = Attention(spiking=False)
     rng = np.random.Generator(np.random.PCG64(3))
     events, _ = draw_glyphs(
-        rng, 40, num_classes=8, steps=12, height=camera.height, width=camera.width, size=21, anywhere=True
+        rng, 24, num_classes=8, steps=12, height=camera.height, width=camera.width, size=21, anywhere=True
     )
     windows = np.zeros((len(events), camera.height, camera.width), np.float32)
     for window, recording in zip(windows, events, strict=True):
@@ -224,62 +224,66 @@ def test_the_loss_is_its_formula():
     assert np.isfinite(steep).all()
 
 
-@pytest.fixture(scope="module")
-def learned():
-    """(tiny's variables after five epochs, the events and classes it has not seen)."""
-    rng = np.random.Generator(np.random.PCG64(0))
-    found, label = draw_glyphs(rng, 1_600, num_classes=8, steps=12, height=48, width=48, size=21, anywhere=False)
-    x = np.zeros((len(found), 12, 48, 48), np.float32)
+def pictures(rng, count, steps):
+    size = {"num_classes": 8, "height": 48, "width": 48, "size": 21, "anywhere": False}
+    found, label = draw_glyphs(rng, count, steps=steps, **size)
+    x = np.zeros((count, steps, 48, 48), np.float32)
     for picture, recording in zip(x, found, strict=True):
         picture[tuple(recording[:, :3].T)] = 1
-    train, test = (jnp.asarray(x[:1_200]), jnp.asarray(label[:1_200])), (jnp.asarray(x[1_200:]), label[1_200:])
+    return jnp.asarray(x), jnp.asarray(label)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """(tiny, its variables after five epochs, a generator of recordings)."""
+    rng, size = np.random.Generator(np.random.PCG64(0)), 16
+    x, label = pictures(rng, 1_600, 12)
     model = zoo.create("neuromorphic_sign")
-    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, 5 * 37), weight_decay=1e-4)
-    prior = jnp.full((32, 8), -jnp.log(8.0))
+    optimizer = optax.adamw(optax.cosine_decay_schedule(6e-3, 5 * 100), weight_decay=1e-4)
+    prior = jnp.full((size, 8), -jnp.log(8.0))
 
     @jax.jit
-    def trained(variables, order):
+    def trained(params, order):
         def loss(params, rows):
-            outputs = model.apply({"params": params}, {"x": train[0][rows]}, train=True)
-            return PAPER.compute_loss(outputs, {"label": train[1][rows], "prior": prior})[0]
+            outputs = model.apply({"params": params}, {"x": x[rows]}, train=True)
+            return PAPER.compute_loss(outputs, {"label": label[rows], "prior": prior})[0]
 
         def step(i, carry):
             params, state = carry
-            gradients = jax.grad(loss)(params, jax.lax.dynamic_slice_in_dim(order, 32 * i, 32))
+            gradients = jax.grad(loss)(params, jax.lax.dynamic_slice_in_dim(order, size * i, size))
             updates, state = optimizer.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
-        params = variables["params"]
-        params, _ = jax.lax.fori_loop(0, len(order) // 32, step, (params, optimizer.init(params)))
-        return {"params": params}
+        return jax.lax.fori_loop(0, len(order) // size, step, (params, optimizer.init(params)))[0]
 
-    order = np.concatenate([rng.permutation(1_200)[:1_184] for _ in range(5)])
-    variables = trained(model.init(KEY, {"x": train[0][:1]}), jnp.asarray(order))
-    return model, variables, test
+    order = jnp.asarray(np.concatenate([rng.permutation(1_600) for _ in range(5)]))
+    params = jax.jit(model.init)(KEY, {"x": x[:1]})["params"]
+    return model, {"params": trained(params, order)}, rng
 
 
 def test_it_learns_in_five_epochs(learned):  # Acceptance 6
-    model, variables, (x, label) = learned
-    counts = jax.jit(model.apply)(variables, {"x": x})["logits"]
-    right = classification.metrics(counts, {"label": jnp.asarray(label)})["accuracy"]
+    model, variables, rng = learned
+    x, label = pictures(rng, 400, 12)
+    right = classification.metrics(jax.jit(model.apply)(variables, {"x": x}), {"label": label})["accuracy"]
     assert right.mean() >= 0.95, right.mean()
 
 
 def test_the_chip_mostly_agrees(learned):  # Acceptance 7
-    model, variables, (x, _) = learned
-    x = x[:200]
+    model, variables, rng = learned
+    x, _ = pictures(rng, 100, 35)  # its synapses are slow: in twelve steps no letter fires
     counts = jax.jit(model.apply)(variables, {"x": x})["logits"]
     chip = hardware_counts(variables, x, config=model.config)
-    assert np.mean(np.argmax(chip, -1) == np.argmax(counts, -1)) >= 0.8
+    agree = np.mean(np.argmax(chip, -1) == np.argmax(counts, -1))
+    assert agree >= 0.8, agree
     # Without the letters' hold on each other more of them fire; without weights none does.
     free = hardware_counts(variables, x, config=model.config, hardware=Hardware(lateral=0.0))
     assert free.sum() > chip.sum() > 0
-    silent = hardware_counts(variables, x[:2], config=model.config, hardware=Hardware(smallest=(9.0, 9.0, 9.0)))
+    silent = hardware_counts(variables, x, config=model.config, hardware=Hardware(smallest=(9.0, 9.0, 9.0)))
     assert silent.sum() == 0
 
 
 def test_with_attention_the_network_reads_the_region():
-    config = PAPER.config("tiny_attended", attention=replace(SMALL, spiking=False))
+    config = PAPER.config("tiny_attended", hidden=16, attention=replace(SMALL, spiking=False))
     model, region = PAPER.model(config), PAPER.model(replace(config, attend=False))
     batch = PAPER.example(config, batch_size=2, key=KEY)
     assert batch["x"].shape == (2, 12, 60, 76)

@@ -1,9 +1,18 @@
-"""Sign language on a neuromorphic chip: `zoo train neuromorphic_sign` (stand-in), with attention, and letters."""
+"""Sign language on a neuromorphic chip: `zoo train neuromorphic_sign` (stand-in), with attention, and letters.
+
+Measured on two shared CPU cores (AMD EPYC), jax 0.10.2, float32. tiny, 750 steps: accuracy 0.977 on test recordings,
+the most frequent class 0.125; 25 CPU seconds. Its weights, on recordings of 35 ms, as the simulated chip counts: the
+letter of the network for 0.95 of them, 0.92 where letters do not hold each other back; in 12 ms no letter fires there.
+The paper reports 0.923 (simulated) and 0.831 (on the chip) on ASL-DVS, which is not at hand; of Sign-Language MNIST a
+fragment is (`--config letters --data sign_mnist_fragment --data-dir <folder>`), too small for an accuracy.
+"""
 
 from trainers.recipe import Optimizer, Recipe
 
 
-def _official(config: str, *, epochs: int, data: str = "standin", batch_size: int = 64) -> Recipe:
+def _official(
+    config: str, *, epochs: int, data: str = "standin", batch_size: int = 64, learning_rate: float = 3e-3
+) -> Recipe:
     """The official optimiser; its schedule begins anew at 25 and 75 epochs, here it goes down once."""
     return Recipe(
         paper="neuromorphic_sign",
@@ -11,12 +20,12 @@ def _official(config: str, *, epochs: int, data: str = "standin", batch_size: in
         data=data,
         batch_size=batch_size,
         epochs=epochs,
-        optimizer=Optimizer(name="adamw", learning_rate=3e-3, schedule="cosine_per_epoch", weight_decay=1e-4),
+        optimizer=Optimizer(name="adamw", learning_rate=learning_rate, schedule="cosine_per_epoch", weight_decay=1e-4),
     )
 
 
 RECIPES = {
-    "tiny": _official("tiny", epochs=5),
-    "tiny_attended": _official("tiny_attended", epochs=5),
+    "tiny": _official("tiny", epochs=5, batch_size=16, learning_rate=6e-3),
+    "tiny_attended": _official("tiny_attended", epochs=5, batch_size=16, learning_rate=6e-3),
     "letters": _official("letters", epochs=25),
 }
