@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from layers.softmax import *
     from layers.sparse import *
     from layers.spectral import *
+    from layers.spiking import *
     from layers.splatting import *
     from layers.ssm import *
     from layers.transport import *
@@ -214,6 +215,7 @@ _MODULES = {
         "otsu_threshold",
         "sobel",
         "ssim",
+        "von_mises_filters",
     ),
     "latent": (
         "agent_attention",
@@ -500,6 +502,13 @@ _MODULES = {
         "split_frequencies",
         "third_order_spectrum",
         "variational_modes",
+    ),
+    "spiking": (
+        "CurrentBasedState",
+        "current_based_step",
+        "integrate_and_count",
+        "leaky_integrate_fire",
+        "surrogate_spike",
     ),
     "splatting": (
         "composite_gaussians",

@@ -1,4 +1,4 @@
-"""Small image functions: blur, Sobel, SSIM, morphology, Otsu's threshold, statistics transfer, density maps."""
+"""Small image functions: blur, Sobel, SSIM, morphology, Otsu's threshold, statistics transfer, density maps, arcs."""
 
 from functools import partial
 
@@ -19,6 +19,7 @@ __all__ = [
     "otsu_threshold",
     "sobel",
     "ssim",
+    "von_mises_filters",
 ]
 
 PADDINGS = {"zeros": "constant", "replicate": "edge", "reflect": "reflect"}
@@ -278,3 +279,31 @@ def gaussian_density_map(
     across, down = (profile(jnp.arange(n) - pixel[..., i, None]) / mass for i, n in enumerate((width, height)))
     down = jnp.where(inside[..., None], down, 0.0)
     return jnp.einsum("bnh,bnw->bhw", down, across, precision=jax.lax.Precision.HIGHEST).astype(points.dtype)
+
+
+@partial(jax.jit, static_argnames=("size", "radius", "concentration", "shift"))
+def von_mises_filters(
+    orientation: Float[Array, " K"],
+    *,
+    size: int,
+    radius: float,
+    concentration: float,
+    shift: tuple[float, float],
+) -> Float[Array, "K size size"]:
+    """exp(concentration cos(phi - orientation)) / I_0(r - radius): an arc for each orientation (radians), unnormalised.
+
+    r and phi are polar coordinates of x - size / 2 + shift_x cos(orientation) and size / 2 - y + shift_y
+    sin(orientation) for column x and row y from 0: an even grid around a corner of the middle pixel, so that filters
+    are no rotations of each other. I_0 is the modified Bessel function. Source: card neuromorphic_sign, von Mises
+    filter bank.
+    """
+    wide = orientation.astype(jnp.promote_types(orientation.dtype, jnp.float32))
+    cosine, sine = jnp.cos(wide)[:, None, None], jnp.sin(wide)[:, None, None]
+    place = jnp.arange(size, dtype=wide.dtype) - size / 2
+    x, y = place + shift[0] * cosine, -place[:, None] + shift[1] * sine
+    r = jnp.hypot(x, y)
+    # cos(phi - orientation); phi is 0 in the origin, as atan2 has it.
+    along = jnp.where(r > 0, (x * cosine + y * sine) / jnp.where(r > 0, r, 1.0), cosine)
+    apart = r - radius
+    filters = jnp.exp(concentration * along - jnp.abs(apart)) / jax.scipy.special.i0e(apart)
+    return filters.astype(orientation.dtype)

@@ -26,12 +26,15 @@ class Loader:
 _SIGNALS = Loader("signals.load_signals", ("length", "channels", "num_classes"), own_standin=True)
 _TEXTS = Loader("texts.load_texts", ("length", "vocabulary", "num_classes"))
 
-# By task; classification by task and room, since its papers take signals, texts or images.
+# By task; classification by task and room, since its papers take signals, texts or images, or by task and paper.
 _LOADERS = {
     "anomaly_detection": Loader("attacks.load_attacks", ("lookback",), shape=("channels",)),
     "beam_tracking": Loader("beam_tracking.load_beam_tracking", ("lookback", "image_size", "echo_channels")),
     "causal_discovery": Loader("systems.load_system", ("lookback",), shape=("variates",)),
     "classification/language": _TEXTS,
+    "classification/neuromorphic_sign": Loader(
+        "events.load_events", whole=("steps", "height", "width", "num_classes", "attend")
+    ),
     "classification/series": _SIGNALS,
     "classification/signals": _SIGNALS,
     "classification/theory": _TEXTS,
@@ -52,7 +55,7 @@ _LOADERS = {
 
 def _loader(paper: Paper) -> Loader:
     task = paper.task.name
-    for name in (task, f"{task}/{paper.entry.room}"):
+    for name in (f"{task}/{paper.slug}", task, f"{task}/{paper.entry.room}"):
         if name in _LOADERS:
             return _LOADERS[name]
     raise UserError(f"{paper.slug}: no loader serves the task {task} yet")

@@ -525,3 +525,34 @@ def test_every_function_under_jit_vmap_eval_shape_and_bfloat16(name):
         assert ours.dtype == (jnp.float32 if name == "ssim" else jnp.bfloat16)
         if name not in ("roi_align", "paste_masks", "density", "warp_homography"):  # their positions are rounded
             close(ours.astype(jnp.float32), exact, atol=0.1, rtol=0.05)
+
+
+# ---- arcs ------------------------------------------------------------------------------------------------------------
+
+
+def test_von_mises_filters_are_their_formula_pixel_by_pixel():
+    angles, (across, down) = np.array([0.0, 0.7, np.pi, 4.0]), (3.0, 2.5)
+    options = {"size": 7, "radius": 4.0, "concentration": 2.0, "shift": (across, down)}
+    expected = np.zeros((4, 7, 7))
+    for k, angle in enumerate(angles):
+        for row in range(7):
+            for column in range(7):
+                x = column - 3.5 + across * np.cos(angle)
+                y = 3.5 - row + down * np.sin(angle)
+                turn = np.arctan2(y, x) % (2 * np.pi) - angle
+                expected[k, row, column] = np.exp(2.0 * np.cos(turn)) / np.i0(np.hypot(x, y) - 4.0)
+    found = images.von_mises_filters(jnp.asarray(angles, jnp.float32), **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    low = images.von_mises_filters(jnp.asarray([0.0], jnp.bfloat16), **options)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), expected[:1], rtol=1e-2)
+    arcs = partial(images.von_mises_filters, **options)
+    check_grads(arcs, (jnp.asarray([0.7, 4.0]),), 1, modes=("rev",), eps=1e-2, rtol=1e-2, atol=1e-2)
+
+
+def test_von_mises_filters_have_an_origin():
+    options = {"size": 4, "radius": 1.0, "concentration": 1.0, "shift": (0.0, 0.0)}
+    angles = jnp.array([0.0, 2.0])
+    found = images.von_mises_filters(angles, **options)
+    np.testing.assert_allclose(found[:, 2, 2], np.exp(np.cos(angles)) / np.i0(1.0), rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda a: jnp.sum(images.von_mises_filters(a, **options)))(angles)).all()

@@ -1,0 +1,1 @@
+"""Papers on images and video."""
