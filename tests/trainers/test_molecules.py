@@ -55,7 +55,7 @@ def test_molecules_have_no_fault(smiles):
         ("C==C", "the bond = has no atom"),
         ("C=", "ends within a bond"),
         ("C=1CC-1", "two different bonds"),
-        ("C[Xx", r"\[ is not a symbol"),
+        ("C[Xx", r"\[ is not an atom"),
         ("C[1x]", r"\[1x\] is not an atom"),
         ("C?C", r"\? is not a symbol"),
         ("C..C", "a dot has no molecule before it"),

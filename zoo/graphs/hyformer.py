@@ -40,27 +40,27 @@ class Config:
     num_targets: int = 0  # K, properties to predict; 0: no head for them
     targets: Literal["measurements", "classes"] = "measurements"  # numbers, or yes and no
     num_descriptors: int = 200  # C, further numbers that are known of every molecule
-    d_model: int = 256  # D
+    d_model: int = 256  # D, width of a token
     d_ff: int = 1024  # width of the gated layer
-    num_layers: int = 8
-    num_heads: int = 8
+    num_layers: int = 8  # of the trunk
+    num_heads: int = 8  # of the attention
     use_bias: bool = False  # of the attention's projections
     descriptor_width: int = 256  # of the descriptor head's hidden layer
     norm_epsilon: float = 1e-5  # of the trunk's norms
     head_norm_epsilon: float = 1e-5  # of the descriptor head's norm
-    rope_base: float = 10_000.0
+    rope_base: float = 10_000.0  # of the rotary frequencies
     attention_dropout_rate: float = 0.0  # of attention weights
     dropout_rate: float = 0.0  # of the prediction head
     objective: Literal["summed", "drawn"] = "drawn"  # of all tasks on every batch, or of one drawn by its weight
     task_weights: tuple[float, float, float, float] = (90.0, 5.0, 5.0, 0.0)  # of TASKS; only their ratios count
-    pad_id: int = 0
-    unknown_id: int = 11
-    mask_id: int = 14
-    bos_id: int = 117
-    eos_id: int = 118
-    generate_id: int = 119  # the tasks' tokens
-    predict_id: int = 120
-    restore_id: int = 121
+    pad_id: int = 0  # the token that fills strings up
+    unknown_id: int = 11  # that of other symbols, which nothing learns to write
+    mask_id: int = 14  # that of hidden symbols
+    bos_id: int = 117  # the beginning
+    eos_id: int = 118  # the end
+    generate_id: int = 119  # the task: write
+    predict_id: int = 120  # the task: predict
+    restore_id: int = 121  # the task: restore
 
     def __post_init__(self):
         if self.d_model % (2 * self.num_heads):
