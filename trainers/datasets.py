@@ -43,6 +43,9 @@ _LOADERS = {
     ),
     "forecasting": Loader("forecasting.load_forecasting", ("lookback", "horizon")),
     "imputation": Loader("imputation.load_imputation", ("lookback", "hidden_share")),
+    "molecules": Loader(
+        "molecules.load_molecules", whole=("length", "vocabulary", "num_targets", "targets", "num_descriptors")
+    ),
     "patient_classification": Loader("cohorts.load_cohort", whole=("block_widths", "num_classes")),
     "recommendation": Loader("recommendation.load_recommendation", ("history",), sizes=("num_items",)),
     "reconstruction": Loader("telemetry.load_telemetry", ("lookback",)),

@@ -14,17 +14,17 @@ import zoo
 from trainers import datasets
 from trainers.loop import read_recipe
 from zoo.errors import UserError
-from zoo.tasks import classification
+from zoo.tasks import classification, smiles
 
 __all__ = ["predict_run"]
 
 
 def predict_run(workdir: epath.Path, *, data_dir: str | None, output: Path, console: Console | None = None) -> Path:
-    """Forecasts what follows the last row of the run's data, in its own units, or gives the probability of each class
-    for each test example; writes a csv and a picture."""
+    """Forecasts what follows the last row of the run's data, in its own units, gives the probability of each class for
+    each test example, or generates molecules; writes a csv and, of the first two, a picture."""
     recipe = read_recipe(workdir)
     paper = zoo.paper(recipe.paper).serving(recipe.model)
-    if paper.task.name not in ("forecasting", "classification"):
+    if paper.task.name not in ("forecasting", "classification", "molecules"):
         raise UserError(f"zoo predict does not know what to predict for the task {paper.task.name}")
     if data_dir is not None:
         recipe = dataclasses.replace(recipe, data_dir=data_dir)
@@ -32,6 +32,8 @@ def predict_run(workdir: epath.Path, *, data_dir: str | None, output: Path, cons
     data = datasets.load(paper, recipe)
     if paper.task.name == "classification":
         return _classes(model, variables, data, output, recipe.evaluation.batch_size, console or Console())
+    if paper.task.name == "molecules":
+        return _molecules(model, variables, data, output, recipe, console or Console())
     batch = data.last_window()
     forecast = np.asarray(jax.device_get(jax.jit(model.apply)(variables, batch)))[0]
     times, values = data.future_times(), data.unscale(forecast)
@@ -48,6 +50,37 @@ def predict_run(workdir: epath.Path, *, data_dir: str | None, output: Path, cons
         raise UserError(f"{output} cannot be written ({error.strerror or error}): give another --output") from error
     (console or Console()).print(
         f"{len(times)} steps from {times[0]} to {times[-1]}: {os.fspath(output)} and {output.with_suffix('.png').name}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return output
+
+
+def _molecules(model, variables, data, output: Path, recipe, console: Console) -> Path:
+    """A line for each of as many new strings as an evaluation's batch: whether they can be molecules, whether they
+    are among the training ones, and what the same model predicts of them."""
+    tokens = model.generate(variables, jax.random.key(recipe.seed), count=recipe.evaluation.batch_size)
+    found = np.asarray(model.apply(variables, tokens, tokens != recipe.model.pad_id, method="predict"), np.float64)
+    if recipe.model.targets == "measurements":
+        found = found * np.asarray(data.train.unit) + np.asarray(data.middle)
+    else:
+        found = 1 / (1 + np.exp(-found))
+    strings = [data.text(row) for row in np.asarray(tokens)]
+    known = set(data.strings)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["smiles", "fault", "known", *(f"predicted {k}" for k in range(found.shape[1]))])
+            for string, row in zip(strings, found, strict=True):
+                numbers = (f"{value:.6g}" for value in row)
+                writer.writerow([string, smiles.fault(string) or "", int(string in known), *numbers])
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror or error}): give another --output") from error
+    shares = smiles.quality(strings, known)
+    console.print(
+        f"{len(strings)} strings in {os.fspath(output)}: "
+        + ", ".join(f"{name} {share:.3f}" for name, share in shares.items()),
         highlight=False,
         soft_wrap=True,
     )
