@@ -38,6 +38,7 @@ _LOADERS = {
     "entity_alignment": Loader(
         "alignment.load_alignment", whole=("num_entities", "num_relations", "num_times", "num_intervals")
     ),
+    "event_reconstruction": Loader("event_reconstruction.load_events", ("num_hits",)),
     "forecasting": Loader("forecasting.load_forecasting", ("lookback", "horizon")),
     "imputation": Loader("imputation.load_imputation", ("lookback", "hidden_share")),
     "patient_classification": Loader("cohorts.load_cohort", whole=("block_widths", "num_classes")),

@@ -1,0 +1,328 @@
+"""The card of Baikal-GVD: sets without order or padding, reversed gradients, the physics of light, and learning."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zoo
+from tests.parity.harness import load_case
+from trainers.feed import epoch_order
+from trainers.loop import prepare
+from trainers.recipe import recipe_for
+from zoo.registry import variable_shapes
+from zoo.signals.baikal_gvd import (
+    DomainHead,
+    DroppingPipeline,
+    MaskedBatchNorm,
+    Part,
+    TorchPart,
+    adaptation_factor,
+    event_losses,
+    penalised_entropy,
+    pipeline,
+    torch_from_official,
+)
+from zoo.tasks.event_reconstruction import (
+    cherenkov_time,
+    exposure_at_suppression,
+    focal_loss,
+    suppression_at_exposure,
+)
+
+KEY = jax.random.key(7)
+PAPER = zoo.paper("baikal_gvd")
+ENCODER = PAPER.configs["tiny"].fast  # the smallest
+SMALL = {"num_hits": 12, "denoiser": ENCODER, "candidate": ENCODER, "head_widths": (8, 8), "domain_width": 8}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model = zoo.create("baikal_gvd", "adapted", **SMALL)
+    batch = PAPER.example(model.config, batch_size=6, key=KEY)
+    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
+    leaves, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(KEY, len(leaves))
+    params = tree.unflatten([v + 0.1 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
+    constants = {"mean": jnp.arange(5.0), "deviation": jnp.array([1.0, 300.0, 40.0, 40.0, 150.0])}
+    return model, batch, {**variables, "params": params, "constants": constants}, jax.jit(model.apply)
+
+
+def test_the_order_of_hits_has_no_meaning(setting):
+    _, batch, variables, apply = setting
+    order = jax.random.permutation(KEY, 12)
+    per_hit = {name: batch[name][:, order] for name in ("hits", "hit_mask", "signal", "residual")}
+    before, after = apply(variables, batch), apply(variables, batch | per_hit)
+    present = per_hit["hit_mask"]
+    for name in ("hits", "residual"):
+        moved = before.pop(name)[:, order]
+        shape = present.reshape(*present.shape, *(1,) * (moved.ndim - 2))
+        chex.assert_trees_all_close(jnp.where(shape, after.pop(name), 0), jnp.where(shape, moved, 0), atol=1e-4)
+    chex.assert_trees_all_close(after, before, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_changes_nothing_in_training_either(setting):
+    """Batch statistics, losses and gradients; the sweep only looks at evaluation."""
+    model, batch, variables, _ = setting
+    padded, _ = PAPER.task.pad(batch)
+
+    @jax.jit
+    def run(batch):
+        def loss(params):
+            outputs, changed = model.apply(
+                {**variables, "params": params},
+                batch,
+                train=True,
+                mutable=["batch_stats", "progress"],
+                rngs={"dropout": KEY},
+            )
+            return PAPER.compute_loss(outputs, batch)[0], changed["batch_stats"]
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    # Dropout of the heads draws the same numbers: their inputs have no places for hits.
+    chex.assert_trees_all_close(run(padded), run(batch), rtol=1e-3, atol=1e-4)
+
+
+def test_masked_statistics_are_those_of_the_hits_there_are():
+    x, present = jax.random.normal(KEY, (3, 5, 4)), jnp.arange(5) < jnp.array([5, 2, 0])[:, None]
+    for mask, rows in ((present, np.asarray(x)[np.asarray(present)]), (None, np.asarray(x).reshape(-1, 4))):
+        norm = MaskedBatchNorm(1e-3, 0.01)
+        variables = norm.init(KEY, x, mask, train=False)
+        y, changed = norm.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+        expected = (np.asarray(x) - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-3)
+        chex.assert_trees_all_close(np.asarray(y), expected, atol=1e-5)
+        chex.assert_trees_all_close(changed["batch_stats"]["mean"], 0.01 * rows.mean(0), atol=1e-6)
+        chex.assert_trees_all_close(changed["batch_stats"]["var"], 0.99 + 0.01 * rows.var(0), atol=1e-6)
+
+
+def test_an_event_without_hits_is_finite(setting):
+    _, batch, variables, apply = setting
+    empty = batch | {"hit_mask": jnp.zeros_like(batch["hit_mask"]), "hits": jnp.full_like(batch["hits"], jnp.nan)}
+    chex.assert_tree_all_finite(apply(variables, {name: empty[name] for name in ("hits", "hit_mask")}))
+
+
+def test_the_old_mask_leaks_and_the_proper_one_is_torchs_without_gradients():
+    """Weights of a golden case with the other mask: both agree where nothing is padded only."""
+    folder = zoo.__path__[0] + "/../tests/parity/goldens/baikal_gvd/open_no_grad.npz"
+    case = load_case(folder)
+    model, variables = zoo.from_official("baikal_gvd", case.meta["hparams"], case.group("param"))
+    x, mask = jnp.asarray(case.arrays["input/x"]), jnp.asarray(case.arrays["input/mask"], bool)
+    legacy = TorchPart(torch_from_official(case.meta["hparams"] | {"no_grad": False}))
+    proper, leaking = (m.apply(variables, {"x": x, "mask": mask}) for m in (model, legacy))
+    chex.assert_trees_all_close(proper, case.arrays["output/y"], atol=1e-5)
+    assert not np.all(mask)
+    assert float(jnp.max(jnp.abs(jnp.where(mask[..., None], leaking - proper, 0)))) > 0.01
+    full = jnp.ones_like(mask)
+    chex.assert_trees_all_close(*(m.apply(variables, {"x": x, "mask": full}) for m in (model, legacy)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "count"),
+    [
+        ({"hidden_size": 16, "num_layers": 2, "dim_feedforward_size": 32, "n_heads": 2}, 4_578),
+        ({"hidden_size": 1024, "num_layers": 5, "dim_feedforward_size": 1024, "n_heads": 1}, 31_516_674),
+    ],
+)
+def test_the_torch_encoders_have_the_official_sizes(hparams, count):
+    part = torch_from_official(hparams | {"in_features": 5, "out_size": 2, "dropout_p": 0.0})
+    bridge = PAPER.bridge()
+    shapes = variable_shapes(PAPER, bridge.model(part), bridge.example)
+    assert sum(s.size for s in jax.tree.leaves(shapes)) == count
+
+
+def test_the_class_token_is_read_where_there_is_one():
+    model = zoo.create("baikal_gvd", **SMALL, fast=dataclasses.replace(ENCODER, class_token=True))
+    batch = PAPER.example(model.config, batch_size=2, key=KEY)
+    outputs, variables = jax.jit(model.init_with_output)({"params": KEY, "dropout": KEY}, batch)
+    chex.assert_shape(outputs["fast"], (2, 2))
+    variables["params"]["fast"]["class_token"] += 1.0
+    assert np.all(model.apply(variables, batch)["fast"] != outputs["fast"])
+
+
+def test_second_heads_add_outputs():
+    part = Part(dataclasses.replace(ENCODER, norm="layer"), second_out_size=3)
+    batch = PAPER.bridge().example(part, batch_size=2, key=KEY)
+    outputs, _ = TorchPart(part).init_with_output(KEY, batch)
+    chex.assert_shape(outputs, (2, 6, 5))
+
+
+def test_a_domain_classifier_learns_and_its_features_unlearn():
+    head, x = DomainHead(8), jax.random.normal(KEY, (4, 6))
+    variables = head.init(KEY, x, jnp.float32(1.0))
+
+    def total(variables, x, factor):
+        return jnp.sum(head.apply(variables, x, jnp.float32(factor)) ** 2)
+
+    plain = jax.grad(total, argnums=(0, 1))(variables, x, -1.0)
+    turned = jax.grad(total, argnums=(0, 1))(variables, x, 0.3)
+    chex.assert_trees_all_close(turned[0], plain[0])
+    chex.assert_trees_all_close(turned[1], -0.3 * plain[1], rtol=1e-5)
+
+
+def test_the_factor_of_the_reversed_gradient_grows_with_the_steps_trained(setting):
+    model, batch, variables, _ = setting
+    chex.assert_trees_all_close(adaptation_factor(jnp.array([0.0, 1.0])), jnp.array([0.0, 1.0]), atol=1e-4)
+    assert np.all(np.diff(adaptation_factor(jnp.linspace(0, 1, 20))) > 0)
+
+    @jax.jit
+    def encoder_gradient(steps):
+        def domain_loss(params):
+            state = {**variables, "params": params, "progress": {"steps": steps}}
+            outputs, changed = model.apply(
+                state, batch, train=True, mutable=["progress", "batch_stats"], rngs={"dropout": KEY}
+            )
+            return jnp.sum(outputs["losses"]["domain"]), changed["progress"]["steps"]
+
+        gradients, after = jax.grad(domain_loss, has_aux=True)(variables["params"])
+        return gradients["fast"]["embedding"]["kernel"], gradients["domain_heads_fast"]["out"]["kernel"], after
+
+    (none, head, one), (full, same, more) = (encoder_gradient(jnp.int32(steps)) for steps in (0, 5000))
+    assert (int(one), int(more)) == (1, 5001)
+    assert not np.any(none)
+    assert np.any(full)
+    chex.assert_trees_all_close(head, same)
+
+
+def test_measured_events_teach_the_domain_classifiers_only(setting):
+    model, batch, variables, apply = setting
+    measured = batch["domain"] == 1
+    losses = apply(variables, batch)["losses"]
+    others = batch | {"event": 1 - batch["event"], "signal": 1 - batch["signal"], "residual": batch["residual"] + 9}
+    for name, values in apply(variables, others)["losses"].items():
+        chex.assert_trees_all_equal(values[measured], losses[name][measured])
+        if name == "domain":
+            assert np.all(values > 0)
+        else:
+            assert not np.any(values[measured])
+            assert np.any(values[~measured] != losses[name][~measured])
+    assert np.any(measured)
+    assert model.config.adaptation > 0
+
+
+def test_hits_on_the_light_cone_are_on_time_and_late_ones_are_negative():
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=(200, 3))
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    point, length, beside = rng.normal(size=(200, 3)) * 50, rng.uniform(-200, 200, 200), rng.uniform(0, 80, 200)
+    aside = np.cross(direction, rng.normal(size=(200, 3)))
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    # Light leaves the track at the Cherenkov angle: its path and the muon's up to there, by geometry.
+    angle = np.arccos(1 / 1.37)
+    place = point + direction * length[:, None] + aside * beside[:, None]
+    leaves = length - beside / np.tan(angle)
+    arrival = 7.0 + leaves / 0.299792458 + np.hypot(beside, length - leaves) / 0.218826621
+    expected = cherenkov_time(place, point, direction, 7.0)
+    np.testing.assert_allclose(expected, arrival, atol=1e-3)
+    assert np.all(expected - (arrival + 5) < 0)
+    on_device = cherenkov_time(*(jnp.asarray(a, jnp.float32) for a in (place, point, direction)), 7.0)
+    np.testing.assert_allclose(on_device, arrival, atol=0.05)
+
+
+def test_focal_loss_is_cross_entropy_for_gamma_zero():
+    logits, label = 3 * jax.random.normal(KEY, (20, 2)), jnp.arange(20) % 2
+    chance = np.asarray(jax.nn.softmax(logits))[np.arange(20), label]
+    chex.assert_trees_all_close(focal_loss(logits, label, gamma=0.0), -np.log(chance), rtol=1e-4, atol=1e-6)
+    weighed = focal_loss(logits, label, gamma=2.0, weights=(10.0, 1.0))
+    expected = -np.where(label == 0, 10.0, 1.0) * (1 - chance) ** 2 * np.log(chance)
+    chex.assert_trees_all_close(weighed, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_noise_that_is_called_signal_costs_the_more_the_later_it_is():
+    chance, label = jnp.array([0.9, 0.9, 0.4, 0.9]), jnp.array([0, 1, 0, 1])
+    late = jnp.array([-20.0, 20.0, 20.0, 5.0])
+    cost = penalised_entropy(chance, label, late, jnp.ones(4), factors=(0.75, 0.3))
+    chex.assert_trees_all_close(cost, 0.75 * jnp.array([1 + 0.3 * 0.9 * 20, 1, 1, 1]), rtol=1e-6)
+    cost = penalised_entropy(chance, label, late, jnp.ones(4), factors=(0.75, 0.3), signal_limit=10.0)
+    chex.assert_trees_all_close(cost, 0.75 * jnp.array([1 + 5.4, 1 + 5.4, 1, 1]), rtol=1e-6)
+
+
+def test_the_penalty_is_an_option_of_the_hits_loss(setting):
+    model, batch, variables, apply = setting
+    outputs = apply(variables, batch)
+    other = dataclasses.replace(model.config, hit_loss="residual_penalty")
+    chance = jax.nn.softmax(outputs["hits"])[..., 1]
+    entropy = focal_loss(outputs["hits"], batch["signal"], gamma=0.0)
+    cost = penalised_entropy(chance, batch["signal"], batch["residual"], entropy, factors=other.penalty)
+    mean = jnp.sum(jnp.where(batch["hit_mask"], cost, 0), axis=1) / jnp.sum(batch["hit_mask"], axis=1)
+    expected = jnp.where(batch["domain"] == 1, 0.0, mean)
+    chex.assert_trees_all_close(event_losses(other, outputs, batch)["hits"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("background", [0.01, 0.001])
+def test_exposure_is_what_a_sort_says(background):
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, 2, 5000)
+    score = np.clip(0.9 + 0.1 * rng.beta(1 + 3 * label, 2), 0, 1)
+    cuts = np.linspace(0.9, 1, 2000)
+    first = next(c for c in cuts if np.mean(score[label == 0] >= c) < background)
+    expected = np.mean(score[label == 1] >= first)
+    found = exposure_at_suppression(score, label, background=background, thresholds=2000)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert 0 < found < 1
+    assert exposure_at_suppression(np.ones(10), np.arange(10) % 2, background=0.1) == 0.0
+
+
+def test_suppression_keeps_the_share_it_promises():
+    rng = np.random.default_rng(2)
+    label = rng.integers(0, 2, 20_000)
+    score = rng.normal(2.0 * label)
+    cut = np.quantile(score[label == 1], 0.01, method="lower")
+    assert suppression_at_exposure(score, label) == pytest.approx(1 / np.mean(score[label == 0] >= cut), rel=0.02)
+
+
+def test_dropping_events_gives_what_masks_give(setting):
+    model, batch, variables, _ = setting
+    fast = np.asarray(pipeline(model, variables, batch)["p_nu_fast"])
+    threshold = float(np.median(fast))
+    model = zoo.create("baikal_gvd", "adapted", **SMALL, fast_threshold=threshold)
+    masked = jax.jit(lambda v, b: pipeline(model, v, b))(variables, batch)
+    dropped = DroppingPipeline(model)(variables, batch)
+    kept = fast >= threshold
+    assert 0 < kept.sum() < len(kept)
+    assert not np.any(dropped["p_nu"][~kept])
+    for name, values in dropped.items():
+        there = np.asarray(batch["hit_mask"])[kept] if values.ndim == 2 else True
+        chex.assert_trees_all_close(values[kept] * there, np.asarray(masked[name])[kept] * there, atol=1e-5)
+    chex.assert_trees_all_close(np.asarray(masked["p_nu"])[~kept], np.zeros((~kept).sum()))
+
+
+def test_the_candidates_network_sees_the_hits_that_are_kept_only(setting):
+    model, batch, variables, _ = setting
+    features, present = jax.random.normal(KEY, (6, 12, 5)), batch["hit_mask"]
+    logits = jnp.stack([jnp.zeros((6, 12)), jnp.where(jnp.arange(12) % 2 == 0, 5.0, -5.0) + jnp.zeros((6, 12))], -1)
+    late = jax.random.normal(KEY, (6, 12))
+
+    @jax.jit
+    def decide(features, late):
+        return model.apply(variables, features, present, logits, late, method="decide")[0]
+
+    before = decide(features, late)
+    odd = jnp.arange(12)[:, None] % 2 == 1
+    chex.assert_trees_all_equal(decide(jnp.where(odd, 99.0, features), jnp.where(odd[:, 0], 99.0, late)), before)
+    assert np.all(decide(jnp.where(odd, features, 9.0), late)[0] != before[0])
+
+
+def test_training_noise_moves_the_residuals_with_the_times():
+    model = zoo.create("baikal_gvd", **SMALL, additive_noise=(0.0, 50.0, 0.0, 0.0, 0.0))
+    batch = PAPER.example(model.config, batch_size=2, key=KEY)
+    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
+    noisy, shift = model.apply(variables, batch["hits"], method="_noisy", rngs={"dropout": KEY})
+    chex.assert_trees_all_close(noisy[..., 1] - batch["hits"][..., 1], shift, atol=1e-3)
+    chex.assert_trees_all_equal(noisy[..., 2:], batch["hits"][..., 2:])
+    assert 20 < float(jnp.std(shift)) < 90
+
+
+def test_learns_hits_and_events():
+    """An epoch of the recipe, against hits of much charge and the slope of their times."""
+    recipe = recipe_for("baikal_gvd")
+    steps = 4800 // recipe.batch_size
+    prepared = prepare(dataclasses.replace(recipe, mesh="data=1", epochs=1, log_every=steps))
+    order = epoch_order(recipe.seed, 0, len(prepared.splits.train))
+    state, _ = prepared.program.run(prepared.program.init(), prepared.splits.train, order, 0, steps)
+    scores = {name: float(v) for name, v in prepared.program.evaluate(state.variables, prepared.splits.test).items()}
+    assert scores["hit_f1"] > scores["charge_and_slope/hit_f1"] + 0.1
+    assert scores["event_accuracy"] > scores["charge_and_slope/event_accuracy"]
