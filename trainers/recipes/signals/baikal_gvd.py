@@ -8,9 +8,9 @@ def _standin(config: str, *, data: str = "standin") -> Recipe:
         paper="baikal_gvd",
         config=config,
         data=data,
-        batch_size=64,
-        epochs=10,
-        optimizer=Optimizer(name="adam", learning_rate=3e-3, schedule="cosine"),
+        batch_size=32,
+        epochs=7,
+        optimizer=Optimizer(name="adam", learning_rate=4e-3, schedule="cosine"),
     )
 
 
