@@ -45,12 +45,22 @@ SMALL = {"num_hits": 12, "denoiser": ENCODER, "candidate": ENCODER, "head_widths
 def setting():
     model = zoo.create("baikal_gvd", "adapted", **SMALL)
     batch = PAPER.example(model.config, batch_size=6, key=KEY)
-    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
-    leaves, tree = jax.tree.flatten(variables["params"])
+    # Random weights in the shapes of the initial ones, which need not be compiled for that.
+    shapes = jax.eval_shape(model.init, {"params": KEY, "dropout": KEY}, batch)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(KEY, len(leaves))
-    params = tree.unflatten([v + 0.1 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
+    variables = tree.unflatten(
+        _random(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, key)
+        for (path, leaf), key in zip(leaves, keys, strict=True)
+    )
     constants = {"mean": jnp.arange(5.0), "deviation": jnp.array([1.0, 300.0, 40.0, 40.0, 150.0])}
-    return model, batch, {**variables, "params": params, "constants": constants}, jax.jit(model.apply)
+    return model, batch, {**variables, "constants": constants}, jax.jit(model.apply)
+
+
+def _random(path, leaf, key):
+    if not path.startswith("params/"):
+        return jnp.full(leaf.shape, float(path.endswith("/var")), leaf.dtype)
+    return 0.3 * jax.random.normal(key, leaf.shape) + float(path.endswith("/scale"))
 
 
 def test_the_order_of_hits_has_no_meaning(setting):
@@ -313,43 +323,44 @@ def test_training_noise_moves_the_residuals_with_the_times(setting):
     assert 20 < float(jnp.std(shift)) < 90
 
 
-def test_learns_hits_and_events():
-    """Three networks of a layer each, against hits of much charge and the slope of their times."""
-    model = zoo.create("baikal_gvd", **SMALL | {"num_hits": 64})
+def test_learns_which_hits_are_the_particles():
+    """N2 with one layer, against hits of much charge. Events need two layers and an epoch: see the recipe."""
+    config = PAPER.config("tiny", **SMALL | {"num_hits": 64})
     train, test = (padded_events(event_standin(seed, count), 64) for seed, count in ((0, 1000), (1, 200)))
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, STEPS))
+    model, optimizer = PAPER.model(config), optax.adam(optax.cosine_decay_schedule(1e-2, STEPS))
+    fixed = {"constants": jax.tree.map(jnp.asarray, PAPER.constants(config, train))}
+
+    def denoise(model, batch, train):
+        present = batch["hit_mask"]
+        features = jnp.where(present[..., None], model.normalize(batch["hits"]), 0)
+        logits, residual, _ = model.denoise(features, present, train=train)
+        return {"hits": logits, "residual": residual, "event": jnp.zeros((len(logits), 2))}
+
+    def step(carry, key):
+        params, others, state = carry
+        batch = train.batch(jax.random.randint(key, (16,), 0, len(train)))
+
+        def loss(params):
+            variables = {"params": params, **others, **fixed}
+            outputs, changed = model.apply(variables, batch, True, method=denoise, mutable=["batch_stats"])
+            return event_reconstruction.loss(outputs, batch)[0], changed
+
+        gradients, others = jax.grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradients, state)
+        return (optax.apply_updates(params, updates), others, state), None
 
     @jax.jit
     def trained(key):
-        first, *keys = jax.random.split(key, STEPS + 1)
-        variables = model.init({"params": first, "dropout": first}, train.batch(jnp.arange(1)))
-        fixed = {"constants": jax.tree.map(jnp.asarray, PAPER.constants(model.config, train))}
-
-        def step(carry, key):
-            params, others, state = carry
-            batch = train.batch(jax.random.randint(key, (32,), 0, len(train)))
-
-            def loss(params):
-                outputs, changed = model.apply(
-                    {"params": params, **others, **fixed}, batch, train=True, mutable=["batch_stats"],
-                    rngs={"dropout": key},
-                )  # fmt: skip
-                return PAPER.compute_loss(outputs, batch)[0], changed
-
-            gradients, others = jax.grad(loss, has_aux=True)(params)
-            updates, state = optimizer.update(gradients, state)
-            return (optax.apply_updates(params, updates), others, state), None
-
+        variables = model.init(key, test.batch(jnp.arange(1)), False, method=denoise)
         start = variables["params"], {"batch_stats": variables["batch_stats"]}, optimizer.init(variables["params"])
-        (params, others, _), _ = jax.lax.scan(step, start, jnp.stack(keys))
+        (params, others, _), _ = jax.lax.scan(step, start, jax.random.split(key, STEPS))
         batch = test.batch(jnp.arange(len(test)))
-        found = model.apply({"params": params, **others, **fixed}, batch)
+        found = model.apply({"params": params, **others, **fixed}, batch, False, method=denoise)
         scores = [event_reconstruction.metrics(o, batch) for o in (found, event_reconstruction.charge_and_slope(batch))]
         return jax.tree.map(jnp.mean, scores)
 
-    found, baseline = trained(KEY)
-    assert found["hit_f1"] > baseline["hit_f1"] + 0.05, (found, baseline)
-    assert found["event_accuracy"] > baseline["event_accuracy"] + 0.05, (found, baseline)
+    found, baseline = ({name: float(v) for name, v in scores.items()} for scores in trained(KEY))
+    assert found["hit_f1"] > baseline["hit_f1"] + 0.1, (found, baseline)
 
 
-STEPS = 250
+STEPS = 150

@@ -38,15 +38,15 @@ _DEVIATIONS = (3.67, 1386.0, 40.1, 39.0, 154.6)
 class Encoder:
     """Of one set transformer."""
 
-    d_model: int = 128  # D
-    num_layers: int = 5
-    num_heads: int = 4
-    d_ff: int = 512
+    d_model: int = 128  # D, width of tokens
+    num_layers: int = 5  # of attention and feed-forward layer
+    num_heads: int = 4  # of attention
+    d_ff: int = 512  # hidden width of the feed-forward layers
     embedding: str = "linear"  # of a hit: linear | zeros, which fills the features up to D
     activation: str = "gelu"  # of the feed-forward layers, the exact form, or relu
     norm: str = "batch"  # batch, with statistics of the hits there are | torch_batch | layer
     masked_statistics: bool = True  # False: those of batch contain padded places too, as in the TensorFlow code
-    norm_epsilon: float = 1e-3
+    norm_epsilon: float = 1e-3  # added to the variance
     norm_momentum: float = 0.01  # share of the batch in the running statistics
     dropout_rate: float = 0.0  # of attention, feed-forward layer and their outputs
     class_token: bool = False  # a learned token is read instead of the mean of all
@@ -62,7 +62,7 @@ class Config:
     denoiser: Encoder = field(default_factory=Encoder)  # N2: signal or noise, and how late
     candidate: Encoder = field(default_factory=Encoder)  # N3: neutrino or not, on the hits that N2 keeps
     head_widths: tuple[int, int] = (128, 32)  # of the classifiers of events
-    head_dropout_rate: float = 0.2
+    head_dropout_rate: float = 0.2  # of their hidden layers
     clean: bool = True  # N3 sees what N2 keeps and N2's residuals; False: the raw hits
     hit_threshold: float = 0.5  # of the signal's probability
     fast_threshold: float = 0.5  # of the neutrino's probability, below which the pipeline drops an event after N1
