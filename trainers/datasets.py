@@ -34,6 +34,7 @@ _LOADERS = {
     "classification/language": _TEXTS,
     "classification/series": _SIGNALS,
     "classification/signals": _SIGNALS,
+    "classification/systems": Loader("federated.load_federated", ("image_size", "channels", "num_classes")),
     "classification/theory": _TEXTS,
     "entity_alignment": Loader(
         "alignment.load_alignment", whole=("num_entities", "num_relations", "num_times", "num_intervals")
