@@ -334,6 +334,7 @@ _MODULES = {
     "regularization": (
         "dropout",
         "dropout_mask",
+        "reverse_gradient",
     ),
     "relative": (
         "alibi_bias",

@@ -37,10 +37,12 @@ _LOADERS = {
     ),
     "classification/series": _SIGNALS,
     "classification/signals": _SIGNALS,
+    "classification/systems": Loader("federated.load_federated", ("image_size", "channels", "num_classes")),
     "classification/theory": _TEXTS,
     "entity_alignment": Loader(
         "alignment.load_alignment", whole=("num_entities", "num_relations", "num_times", "num_intervals")
     ),
+    "event_reconstruction": Loader("event_reconstruction.load_events", ("num_hits",)),
     "forecasting": Loader("forecasting.load_forecasting", ("lookback", "horizon")),
     "imputation": Loader("imputation.load_imputation", ("lookback", "hidden_share")),
     "molecules": Loader(

@@ -10,6 +10,8 @@ import optax
 
 from trainers.recipe import Optimizer
 from zoo.errors import UserError
+from zoo.systems.fedfrozen import Settings as Federation
+from zoo.systems.fedfrozen import fed_frozen
 from zoo.systems.metaadamw import SETTINGS, meta_adamw
 
 __all__ = ["averaged", "learning_rate", "make_optimizer"]
@@ -76,6 +78,9 @@ def make_optimizer(o: Optimizer, *, total_steps: int, steps_per_epoch: int) -> o
             rate, b1=o.b1, b2=o.b2, epsilon=o.epsilon, settings=dataclasses.replace(
                 SETTINGS[o.meta], total_steps=total_steps, meta_after=steps_per_epoch
             ), weight_decay=lambda params: jax.tree.map(lambda d: d * o.weight_decay, decayed(params)),
+        ),
+        "fed_frozen": lambda: fed_frozen(
+            Federation(o.warmup_rounds, learning_rate=o.learning_rate, **decay), local_steps=o.local_steps
         ),
     }[o.name]()  # fmt: skip
     steps = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []

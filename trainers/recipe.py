@@ -36,9 +36,9 @@ ConfigT = TypeVar("ConfigT")
 class Optimizer:
     """The optax optimiser, its learning rate over time, and what happens to gradients before it."""
 
-    name: Literal["adam", "adamw", "sgd", "lion", "adafactor", "muon", "meta_adamw"] = "adamw"
+    name: Literal["adam", "adamw", "sgd", "lion", "adafactor", "muon", "meta_adamw", "fed_frozen"] = "adamw"
     """By its name in optax; meta_adamw is the paper metaadamw's, which also learns from the step's examples how to
-    step."""
+    step; fed_frozen is the paper fedfrozen's, one round of four clients a step."""
     learning_rate: float = 1e-3
     """The peak of the schedule."""
     schedule: Literal[
@@ -62,6 +62,10 @@ class Optimizer:
     """Gradients are scaled down to this global norm."""
     meta: Literal["tiny", "etth1", "wikitext2", "multi30k", "cifar10", "imdb"] = "etth1"
     """Which of the paper's settings the encoder of meta_adamw has; it begins to learn after an epoch."""
+    warmup_rounds: int = 10
+    """Steps before fed_frozen freezes queries and keys."""
+    local_steps: int = 5
+    """Of each client of fed_frozen, on equal parts of its examples, at a constant learning rate."""
     average_decay: float | None = None
     """Evaluate and keep an exponential moving average of the weights with this decay, e.g. 0.999."""
 

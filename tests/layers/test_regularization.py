@@ -63,3 +63,26 @@ def test_the_mask_does_not_depend_on_the_mesh():
     )(KEY)
     assert len(sharded.sharding.device_set) == 8
     chex.assert_trees_all_equal(np.asarray(sharded), np.asarray(layers.dropout_mask(KEY, shape=(8, 6, 4), rate=0.4)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("factor", [0.0, 0.3, 2.0])
+def test_a_reversed_gradient_is_that_of_the_plain_alternative(dtype, factor):
+    x = jax.random.normal(KEY, (3, 5)).astype(dtype)
+
+    def plain(x):
+        return (1 + factor) * jax.lax.stop_gradient(x) - factor * x
+
+    def total(turn, x):
+        return jnp.sum(jnp.sin(turn(x).astype(jnp.float32)))
+
+    def reverse(x):
+        return layers.reverse_gradient(x, jnp.float32(factor))
+
+    chex.assert_trees_all_equal(reverse(x), x)
+    tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
+    ours, theirs = (jax.jit(jax.grad(lambda x, t=turn: total(t, x)))(x) for turn in (reverse, plain))
+    assert ours.dtype == dtype
+    chex.assert_trees_all_close(ours, theirs, atol=tolerance)
+    chex.assert_trees_all_close(jax.vmap(jax.grad(lambda x: total(reverse, x)))(x), ours, atol=tolerance)
+    assert jax.grad(lambda f: jnp.sum(layers.reverse_gradient(x, f)).astype(jnp.float32))(2.0) == 0
