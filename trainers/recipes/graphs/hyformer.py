@@ -8,7 +8,7 @@ second (1.5 minutes, 14 s more to compile): on test molecules the property's roo
 for everybody: 9.09; R^2 0.9998), and -log p a symbol 0.994 (symbols by their frequency: 1.943). Of 256 strings drawn at
 temperature 1, 0.789 can be molecules, of these 0.990 differ and 0.895 of them are new; 0.95 were hoped for, and
 unclosed rings are most of the rest. The paper's tables are not public in text form. The recipes on real data train from
-nothing, without the paper's millions of molecules; they have not been run to their end yet.
+nothing, without the paper's millions of molecules; they have not been run.
 """
 
 from trainers.recipe import Evaluation, Optimizer, Recipe
