@@ -54,9 +54,14 @@ def nearest_log_kernel(
     return jnp.where(chosen, 0.0, -jnp.inf)
 
 
+def _wide(x):
+    """float32, or float64 where that is what comes in."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _weights(log_kernel):
     """Normalised kernel weights; zeros where the kernel vanishes everywhere."""
-    wide = log_kernel.astype(jnp.float32)
+    wide = log_kernel.astype(_wide(log_kernel))
     top = jax.lax.stop_gradient(jnp.max(wide, axis=-1, keepdims=True))
     weights = jnp.exp(wide - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -69,7 +74,7 @@ def local_mean(log_kernel: Float[Array, "*B T N"], value: Float[Array, "*B N M"]
 
     With log K = q.k / sqrt(d) it is softmax attention. O(T N M). Source: card localization, Mechanism 2.
     """
-    return (_weights(log_kernel) @ value.astype(jnp.float32)).astype(value.dtype)
+    return (_weights(log_kernel) @ value.astype(_wide(value))).astype(value.dtype)
 
 
 @partial(jax.jit, static_argnames=("steps",))
@@ -131,7 +136,7 @@ def local_linear_regression(
     held = jnp.full(features.shape[-1], ridge).at[0].set(1e-30)
     empty = jnp.sum(weights, axis=-1)[..., None, None] == 0
     gram = gram + jnp.diag(held) + jnp.where(empty, jnp.eye(features.shape[-1]), 0.0)
-    sides = jnp.einsum("...tn,...tnd,...nm->...tdm", weights, features, value.astype(jnp.float32))
+    sides = jnp.einsum("...tn,...tnd,...nm->...tdm", weights, features, value.astype(_wide(value)))
     return jnp.linalg.solve(gram, sides)[..., 0, :].astype(value.dtype)
 
 
