@@ -19,7 +19,7 @@ from zoo.errors import UserError
 pytestmark = pytest.mark.tpu
 SLUGS = [e.slug for e in zoo.papers(status="works") if zoo.paper(e.slug).model is not None]
 SLICE = "v5e:4x4"
-BATCH = 80  # divides among the chips of every slice below, and is enough for the five local steps of each of four clients
+BATCH = 80  # divides among the chips of all slices, and suffices for the five local steps of each of four clients
 
 
 def recipe(slug, mesh, **changes):
