@@ -52,7 +52,11 @@ class Runs:
         return workdir.with_suffix(".log").read_text()
 
     def finish(self, workdir: Path) -> None:
-        assert self.start(workdir).wait(timeout=600) == 0, self.said(workdir)
+        process = self.start(workdir)
+        try:
+            assert process.wait(timeout=600 + 20 * ROUNDS) == 0, self.said(workdir)
+        finally:
+            process.kill()  # does nothing to one that has ended
 
 
 def rows(workdir: Path) -> list[dict]:
