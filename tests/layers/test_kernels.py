@@ -395,3 +395,15 @@ def test_batch_jit_vmap_and_bfloat16(name):
     assert output.dtype == jnp.bfloat16
     wide = function(*(x.astype(jnp.float32) for x in narrow))
     np.testing.assert_allclose(output.astype(jnp.float32), wide, rtol=3e-2, atol=3e-2)
+
+
+def test_local_models_of_double_precision_stay_in_it():
+    with jax.enable_x64(True):
+        x, y = (jax.random.normal(jax.random.key(i), (9, 2)) for i in (0, 1))
+        kernel = layers.gaussian_log_kernel(x[:4], x, 0.7)
+        weights = np.exp(np.asarray(kernel))
+        mean = weights / weights.sum(axis=-1, keepdims=True) @ np.asarray(y)
+        np.testing.assert_allclose(layers.local_mean(kernel, y), mean, rtol=1e-13)
+        line = x @ jnp.array([[1.0], [-2.0]]) + 0.5
+        fitted = layers.local_linear_regression(kernel, x[:4], x, line, ridge=1e-13)
+        np.testing.assert_allclose(fitted, line[:4], rtol=1e-9)
