@@ -25,10 +25,8 @@ class _Decorate(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         self.generic_visit(node)
-        # Of a module of Flax, the types of its fields. A decorated dataclass that extends another would keep that one's
-        # __init__, since it is not a dataclass of its own yet.
-        if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-            node.decorator_list.append(_checked(node))
+        # The outermost: of a dataclass, the types of its fields, once it has become one.
+        node.decorator_list.insert(0, _checked(node))
         return node
 
 

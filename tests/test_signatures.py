@@ -35,12 +35,25 @@ def test_only_what_is_defined_by_a_module_is_decorated(tmp_path, monkeypatch):
         "class Thing:\n"
         "    def method(self, n: int) -> int:\n"
         "        return n\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Sizes:\n"
+        "    width: int = 1\n"
+        "@dataclass(frozen=True)\n"
+        "class More(Sizes):\n"
+        "    part: str = ''\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sys.meta_path", list(__import__("sys").meta_path))
     check_signatures(["checked_module"])
     module = __import__("checked_module")
-    for wrong in (lambda: module.outer("a"), lambda: module.Thing().method("a")):
+    assert module.More(width=2, part="b").part == "b"
+    for wrong in (
+        lambda: module.outer("a"),
+        lambda: module.Thing().method("a"),
+        lambda: module.Sizes(width="a"),
+        lambda: module.More(part=2),
+    ):
         with pytest.raises(TypeCheckError):
             wrong()
     assert module.outer(1)("a") == "a"

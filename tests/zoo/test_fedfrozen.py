@@ -274,8 +274,8 @@ def test_a_step_of_the_trainer_is_a_round(program):
         params[1], parts, jnp.arange(1.0, 5.0)
     )
     chex.assert_trees_all_close(after, expected, rtol=1e-3, atol=1e-4)  # the moves are 1e-2
-    assert all(np.any(params[0]["layers_0"][name]["kernel"] != params[1]["layers_0"][name]["kernel"])
-               for name in ("query", "key", "value"))  # fmt: skip
+    first, second = (p["layers_0"]["attention"] for p in params)
+    assert all(np.any(first[name]["kernel"] != second[name]["kernel"]) for name in ("query", "key", "value"))
     flat, before = flatten_dict(after, sep="/"), flatten_dict(params[1], sep="/")
     for name, value in flat.items():
         same = np.array_equal(value, before[name])
@@ -302,7 +302,7 @@ def test_a_probes_attention_drifts_less_between_clients_when_the_kernel_is_froze
             after = local_training(loss, moving, fixed, repeated, Settings(learning_rate=0.1))
             state = {"params": unflatten_dict({**after, **fixed}, sep="/")}
             _, seen = model.apply(state, batch, mutable=["intermediates"])
-            return seen["intermediates"]["layers_0"]["weights"][0]
+            return seen["intermediates"]["layers_0"]["attention"]["weights"][0]
 
         found = jax.lax.map(maps, jax.tree.map(lambda *v: jnp.stack(v), *batches))
         return jnp.mean(jnp.var(found, axis=0))

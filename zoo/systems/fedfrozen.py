@@ -28,7 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 import layers
-from zoo.blocks import Linear, stack
+from zoo.blocks import Linear, MultiHeadAttention, stack
 from zoo.demo import Check, Demo, Findings
 from zoo.errors import UserError
 from zoo.paper import Paper
@@ -473,12 +473,7 @@ class TransformerLayer(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], *, train: bool) -> Float[Array, "B T D"]:
         c = self.config
         normed = nn.LayerNorm(c.layer_norm_epsilon, name="norm1")(x)
-        query, key, value = (
-            Linear(c.d_model, name=n)(normed).reshape(*x.shape[:2], c.num_heads, -1) for n in ("query", "key", "value")
-        )
-        mixed, weights = layers.dot_product_attention(query, key, value, return_weights=True)
-        self.sow("intermediates", "weights", weights)
-        x = x + Linear(c.d_model, name="out")(mixed.reshape(x.shape))
+        x = x + MultiHeadAttention(c.num_heads, name="attention")(normed, train=train)
         hidden = Linear(c.mlp_ratio * c.d_model, name="mlp_in")(nn.LayerNorm(c.layer_norm_epsilon, name="norm2")(x))
         return x + Linear(c.d_model, name="mlp_out")(layers.gelu(hidden))
 
