@@ -57,6 +57,7 @@ def alone(slug):
 def test_every_mesh_trains_the_same_model(slug, mesh):
     (losses, params), state = twenty_steps(recipe(slug, mesh=mesh))
     expected = alone(slug)
+    assert state.step == 20
     np.testing.assert_allclose(losses, expected[0], atol=1e-5)
     chex.assert_trees_all_close(params, expected[1], atol=1e-4)
     kernel = functools.reduce(lambda tree, name: tree[name], KERNELS[slug], state.params)["kernel"]

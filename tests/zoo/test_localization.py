@@ -95,6 +95,10 @@ def test_labels_give_way_to_their_neighbours():
     settled = relaxation_labelling(labels, apart, jnp.eye(2), steps=30)
     np.testing.assert_allclose(jnp.sum(settled, axis=-1), 1.0, rtol=1e-6)
     assert np.all(np.argmax(settled, axis=-1) == 0)
+    weights = np.exp(np.asarray(apart))
+    once = np.asarray(labels) * (weights / weights.sum(axis=1, keepdims=True) @ np.asarray(labels))
+    once = once / once.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(relaxation_labelling(labels, apart, jnp.eye(2), steps=1), once, rtol=1e-5)
     contrary = relaxation_labelling(labels, apart, 1 - jnp.eye(2), steps=1)
     assert contrary[0, 0] < labels[0, 0]
 
