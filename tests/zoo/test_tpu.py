@@ -36,7 +36,6 @@ def test_the_train_step_compiles_for_a_slice_of_sixteen(slug):
     assert report.memory.parameters == sum(r.bytes_per_device for r in rows) < sum(r.bytes for r in rows)
     assert report.device == "TPU v5 lite"
     assert report.memory.fits
-    assert report.memory.temporaries > 0
     kinds = {e.kind for e in report.exchanges}
     assert "all-reduce" in kinds
     # What is split over fsdp is gathered; the hardmax classifier's two channels are not.
@@ -50,6 +49,7 @@ def test_memory_falls_as_one_over_the_slice():
     split = []
     for n, topology in ((1, "v5e:1x1"), (4, "v5e:2x2"), (16, SLICE)):
         report, _ = compile_step(recipe("ister", f"fsdp={n}", precision="bfloat16"), topology)
+        assert report.memory.temporaries > 0  # of the smallest papers a chip's share needs none
         _, program = recipe_step(recipe("ister", f"fsdp={n}"), topology_devices(topology))
         vectors = sum(r.bytes for r in placements(program.state_shapes.params, program.mesh) if len(r.shape) < 2)
         split.append(n * (report.memory.parameters - vectors))
