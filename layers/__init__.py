@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from layers.splatting import *
     from layers.ssm import *
     from layers.transport import *
+    from layers.triangular import *
     from layers.walks import *
     from layers.wavelets import *
     from layers.windows import *
@@ -370,7 +371,10 @@ _MODULES = {
         "sample_pixels",
     ),
     "ridge": (
+        "KernelRidgeCache",
+        "empty_kernel_ridge_cache",
         "kernel_ridge_attention",
+        "kernel_ridge_step",
         "kernel_ridge_values",
     ),
     "roi": (
@@ -531,6 +535,7 @@ _MODULES = {
         "sinkhorn_normalize",
         "sinkhorn_plan",
     ),
+    "triangular": ("solve_lower",),
     "walks": (
         "heat_kernel",
         "quantum_walk_probabilities",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.recurrence import pairwise_decay, scan_spans
+from layers.triangular import solve_lower
 
 __all__ = ["delta_rule", "delta_rule_step"]
 
@@ -68,53 +69,6 @@ def _reference(initial, rows):
     return final, jnp.moveaxis(output, 0, 2)
 
 
-def _inverse_of_unit_lower(system):
-    """(I + strictly lower part of the system)^-1, by blocks: [[A, 0], [C, B]]^-1 = [[A', 0], [-B' C A', B']].
-
-    Products of matrices only, which every device is good at. LAPACK's batched solver is not an option on a CPU: two
-    that run at once, as in a backward pass, wait for each other's threads for ever (seen with jax 0.10.2, 2 cores).
-    """
-    product = partial(jnp.matmul, precision="highest")
-    size = system.shape[-1]
-    if size <= 8:
-        # The strictly lower part N is nilpotent: (I + N)^-1 = (I - N) (I + N^2) (I + N^4).
-        one, power = jnp.eye(size, dtype=system.dtype), jnp.tril(system, -1)
-        inverse = one - power
-        for _ in range(max(size - 1, 1).bit_length() - 1):
-            power = product(power, power)
-            inverse = product(inverse, one + power)
-        return inverse
-    if size % 2:
-        padded = jnp.pad(system, [(0, 0)] * (system.ndim - 2) + [(0, 1), (0, 1)])
-        return _inverse_of_unit_lower(padded)[..., :size, :size]
-    half = size // 2
-    diagonal = jnp.stack([system[..., :half, :half], system[..., half:, half:]])
-    first, second = _inverse_of_unit_lower(diagonal)
-    corner = -product(second, product(system[..., half:, :half], first))
-    top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-
-
-@jax.custom_vjp
-def _solve_unit_lower(system, sides):
-    return _inverse_of_unit_lower(system) @ sides
-
-
-def _solve_unit_lower_forward(system, sides):
-    inverse = _inverse_of_unit_lower(system)
-    solved = inverse @ sides
-    return solved, (inverse, solved)
-
-
-def _solve_unit_lower_backward(saved, d_solved):
-    inverse, solved = saved
-    d_sides = inverse.swapaxes(-1, -2) @ d_solved
-    return jnp.tril(-d_sides @ solved.swapaxes(-1, -2), -1), d_sides
-
-
-_solve_unit_lower.defvjp(_solve_unit_lower_forward, _solve_unit_lower_backward)
-
-
 def _span(initial, rows, *, chunk: int):
     """What a chunk writes, w_t = beta_t (v_t - what the state says), solves a unit lower-triangular system.
 
@@ -127,7 +81,7 @@ def _span(initial, rows, *, chunk: int):
     # What is on the diagonal is not read: the system's own is 1.
     system = beta[..., None] * left * (k @ k.swapaxes(-1, -2))
     sides = beta[..., None] * jnp.concatenate([v, since_start * k], axis=-1)
-    solved = _solve_unit_lower(system, sides)
+    solved = solve_lower(system, sides, unit_diagonal=True)
     own, of_state = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     scores = (q @ k.swapaxes(-1, -2)) * left
     to_end = (k * left[..., -1, :, None]).swapaxes(-1, -2)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -28,7 +28,16 @@ from trainers.sharding import batch_sharding, make_mesh
 from trainers.step import Program, recipe_program
 from zoo.errors import UserError
 
-__all__ = ["Report", "compile_recipe", "compile_step", "example_batch", "model_flops", "recipe_step", "utilisation"]
+__all__ = [
+    "Compilation",
+    "Report",
+    "compile_recipe",
+    "compile_step",
+    "example_batch",
+    "model_flops",
+    "recipe_step",
+    "utilisation",
+]
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,13 @@ def utilisation(recipe: Recipe, devices: int) -> Callable[[float], dict[str, flo
     return lambda rate: {"train/mfu": rate * least}
 
 
-def compile_step(recipe: Recipe, topology: str = "local") -> tuple[Report, jax.stages.Compiled]:
+class Compilation(NamedTuple):
+    report: Report
+    step: jax.stages.Compiled
+    program: Program
+
+
+def compile_step(recipe: Recipe, topology: str = "local") -> Compilation:
     """Compiles one training step of the recipe for the devices of a topology."""
     devices = topology_devices(topology)
     chip = accelerator(devices)
@@ -216,7 +231,7 @@ def compile_step(recipe: Recipe, topology: str = "local") -> tuple[Report, jax.s
             + (f": it needs {need[0]}, {need[1]} are there" if len(need) > 1 else "")
             + "; a smaller --batch-size, --accumulate, --remat full or --mesh fsdp=-1 saves memory"
         ) from error
-    return _report(recipe, topology, program, compiled, chip), compiled
+    return Compilation(_report(recipe, topology, program, compiled, chip), compiled, program)
 
 
 def _report(
@@ -404,7 +419,7 @@ def compile_recipe(recipe: Recipe, *, topology: str, output: Path, console: Cons
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another folder") from error
-    report, _ = compile_step(recipe, topology)
+    report = compile_step(recipe, topology).report
     text = report_text(report)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")

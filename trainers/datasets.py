@@ -45,6 +45,7 @@ _LOADERS = {
     "event_reconstruction": Loader("event_reconstruction.load_events", ("num_hits",)),
     "forecasting": Loader("forecasting.load_forecasting", ("lookback", "horizon")),
     "imputation": Loader("imputation.load_imputation", ("lookback", "hidden_share")),
+    "language_modelling": Loader("language.load_language", ("length", "vocabulary")),
     "molecules": Loader(
         "molecules.load_molecules", whole=("length", "vocabulary", "num_targets", "targets", "num_descriptors")
     ),

@@ -16,7 +16,7 @@ import jax
 
 from zoo.catalogue import closest
 from zoo.errors import UserError
-from zoo.paper import Official, find_bridge, named_config
+from zoo.paper import Official, find_bridge, named_config, started
 
 __all__ = ["PREFIX", "Backbone", "BackboneEntry", "answering", "backbone_entries", "backbone_entry"]
 
@@ -142,8 +142,10 @@ class Backbone:
         """Fresh variables."""
         return model.init(keys, **example)
 
+    def prompt(self, tokens: jax.Array) -> jax.Array:
+        """What the model is called with to go on after these tokens (B, L)."""
+        return tokens
+
     def start(self, config: Any, batch_size: int, capacity: int, dtype: Any = jax.numpy.float32) -> Any:
         """The empty cache with room for `capacity` tokens a row."""
-        if self.cache is None:
-            raise UserError(f"{self.name} does not generate token by token: it has no cache")
-        return self.cache(config, batch_size, capacity, dtype)
+        return started(self, config, batch_size, capacity, dtype)

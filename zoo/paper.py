@@ -13,7 +13,7 @@ from zoo.errors import UserError
 from zoo.tasks.task import Batch, Task
 from zoo.weights.table import Table
 
-__all__ = ["Official", "Paper", "find_bridge", "named_config"]
+__all__ = ["Official", "Paper", "find_bridge", "named_config", "started"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Paper:
     task_of: Callable[[Any], Task] | None = None  # config -> task, for models that serve several; default: `task`
     loss: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]] | None = None  # default: the task's
     constants: Callable[[Any, Any], dict[str, Any]] | None = None  # (config, data) -> its collection `constants`
+    cache: Callable[..., Any] | None = None  # of what writes text: (config, batch size, capacity, dtype) -> empty cache
     officials: tuple[Official, ...] = ()  # the main model first, then parts that have goldens of their own
     parameter_counts: Mapping[str, int] = field(default_factory=dict)  # config name -> what the official code has
     reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # data set -> metric -> the paper's value
@@ -84,6 +85,14 @@ class Paper:
         """(mean loss, further named scalars) of the model's outputs on a batch."""
         return (self.loss or self.task.loss)(outputs, batch)
 
+    def prompt(self, tokens: jax.Array) -> Batch:
+        """What the model is called with to go on after these tokens (B, L)."""
+        return {"tokens": tokens}
+
+    def start(self, config: Any, batch_size: int, capacity: int, dtype: Any = jax.numpy.float32) -> Any:
+        """The empty cache with room for `capacity` tokens a row."""
+        return started(self, config, batch_size, capacity, dtype)
+
     def bridge(self, module: str | None = None) -> Official:
         """The bridge to the official module of that name (`None`: the main model)."""
         return find_bridge(self, module)
@@ -106,6 +115,13 @@ def named_config(record: Any, name: str, overrides: Mapping[str, Any], slug: str
         return replace(record.configs[name], **overrides)
     except (TypeError, ValueError) as error:
         raise UserError(f"the config of {slug} does not accept these values: {error}") from error
+
+
+def started(record: Any, config: Any, batch_size: int, capacity: int, dtype: Any) -> Any:
+    """The empty cache of a paper or a backbone."""
+    if record.cache is None:
+        raise UserError(f"{record.slug} does not generate token by token: it has no cache")
+    return record.cache(config, batch_size, capacity, dtype)
 
 
 def find_bridge(record: Any, module: str | None) -> Official:

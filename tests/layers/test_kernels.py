@@ -233,6 +233,47 @@ def test_a_huge_ridge_is_plain_causal_attention():
     close(ours, layers.dot_product_attention(QUERY, KEY, VALUE, mask=layers.CausalMask()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_steps_of_ridge_attention_equal_the_whole(masked):
+    """In parts of several tokens and of one, over rows of different lengths."""
+    length, capacity = 11, 16
+    query, key, reference = (normal(k, (B, length, H, D)) for k in KEYS[:3])
+    reference, value = 4 * reference, normal(KEYS[3], (B, length, H, V))
+    options = {"ridge": RIDGE, "reference_scale": SCALE, "scale": 0.3}
+    window = layers.WindowMask(left=4) if masked else None
+    expected = layers.kernel_ridge_attention(query, key, value, reference, mask=window, **options)
+    cache = layers.empty_kernel_ridge_cache(B, capacity, H, D, value_dim=V)
+    found, start = [], 0
+    for count in (5, 1, 3, 1, 1):
+        part = [x[:, start : start + count] for x in (query, key, value, reference)]
+        mask = layers.WindowMask(left=4, offset=cache.length) if masked else None
+        output, cache = layers.kernel_ridge_step(*part, cache, mask=mask, **options)
+        found.append(output)
+        if start == 0:
+            # Row 1 has two tokens fewer: what they left behind is written over.
+            cache = cache._replace(length=jnp.array([5, 3]))
+        start += count
+    close(jnp.concatenate(found, axis=1)[0], expected[0], rtol=1e-4, atol=1e-4)
+    shorter = [jnp.concatenate([x[1:, :3], x[1:, 5:]], axis=1) for x in (query, key, value, reference)]
+    expected = layers.kernel_ridge_attention(*shorter, mask=window, **options)
+    close(jnp.concatenate(found, axis=1)[1:, 5:], expected[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_ridge_solutions_agree_in_double_precision():
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        reference, value = (
+            jnp.asarray(4 * rng.normal(size=(1, 150, H, D))),
+            jnp.asarray(rng.normal(size=(1, 150, H, V))),
+        )
+        ridge = jnp.asarray(np.asarray(RIDGE, np.float64))
+        solve = partial(layers.kernel_ridge_values, reference, value, ridge=ridge)
+        dense = solve(implementation="reference")
+        assert dense.dtype == jnp.float64
+        for block in (16, 64):
+            np.testing.assert_allclose(solve(block=block), dense, rtol=1e-10, atol=1e-10)
+
+
 def test_ridge_names_a_wrong_implementation():
     with pytest.raises(ValueError, match="implementation 'fast' is not one of reference, blocked"):
         layers.kernel_ridge_values(QUERY, VALUE, ridge=RIDGE, implementation="fast")

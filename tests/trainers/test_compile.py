@@ -40,8 +40,7 @@ def data_parallel():
 def test_parameter_memory_falls_as_one_over_n_under_fsdp():
     whole = split = None
     for n in (1, 8):
-        report, _ = once(f"fsdp={n}")
-        _, program = recipe_step(dataclasses.replace(RECIPE, mesh=f"fsdp={n}"), jax.devices())
+        report, _, program = once(f"fsdp={n}")
         rows = placements(program.state_shapes.params, program.mesh)
         vectors = sum(r.bytes for r in rows if len(r.shape) < 2)
         assert report.memory.parameters == sum(r.bytes_per_device for r in rows)
@@ -64,7 +63,7 @@ def test_memory_adds_up(data_parallel):
 
 
 def test_products_are_shared_out_among_devices(data_parallel):
-    report, step = data_parallel
+    report, step, _ = data_parallel
     of_all = 8 * Hlo(step.as_text(), devices=8).matmul_flops()
     assert report.exact
     assert of_all == report.model_flops
@@ -82,7 +81,7 @@ def test_data_parallelism_sums_every_gradient_once(data_parallel):
 
 
 def test_one_device_sends_nothing():
-    report, _ = once("fsdp=1")
+    report = once("fsdp=1").report
     assert report.exchanges == ()
     assert "none" in report_text(report)
 
@@ -95,7 +94,7 @@ def test_fsdp_brings_parameters_together_and_tensor_does_not():
 
 
 def test_parts_of_a_batch_count_like_the_whole():
-    (whole, step), (parts, loop) = once("fsdp=1"), compiled("fsdp=1", accumulate=4)
+    (whole, step, _), (parts, loop, _) = once("fsdp=1"), compiled("fsdp=1", accumulate=4)
     assert parts.exact
     assert parts.model_flops == whole.model_flops
     assert Hlo(loop.as_text()).matmul_flops() == Hlo(step.as_text()).matmul_flops()
@@ -104,7 +103,7 @@ def test_parts_of_a_batch_count_like_the_whole():
 
 
 def test_model_flops_leave_out_what_is_computed_again():
-    (plain, step), (report, again) = once("fsdp=1"), compiled("fsdp=1", remat="full")
+    (plain, step, _), (report, again, _) = once("fsdp=1"), compiled("fsdp=1", remat="full")
     assert report.model_flops == plain.model_flops
     assert Hlo(again.as_text()).matmul_flops() > Hlo(step.as_text()).matmul_flops()
 
@@ -154,7 +153,7 @@ def test_a_gather_that_cannot_be_traced_is_known_by_its_shape():
 
 
 def test_the_slowest_resource_decides(data_parallel):
-    plain, step = data_parallel
+    plain, step, _ = data_parallel
     _, program = recipe_step(dataclasses.replace(RECIPE, mesh="data=8"), jax.devices())
     report = compiling._report(RECIPE, "local", program, step, CHIP)
     assert report.flops == plain.flops

@@ -52,8 +52,14 @@ def alone(slug):
     return twenty_steps(recipe(slug))[0]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("slug", KERNELS)
+# Social-Mamba takes most of a minute to compile: what is its own, a scan along the sequence, and two axes of a kernel.
+PAIRS = [
+    (slug, mesh) for slug in KERNELS for mesh in MESHES
+    if slug != "social_mamba" or mesh in ("sequence=8", "data=2,fsdp=2,tensor=2")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("slug", "mesh"), PAIRS)
 def test_every_mesh_trains_the_same_model(slug, mesh):
     (losses, params), state = twenty_steps(recipe(slug, mesh=mesh))
     expected = alone(slug)

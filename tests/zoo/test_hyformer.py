@@ -12,6 +12,7 @@ import zoo
 from trainers.data.molecules import load_molecules
 from zoo.graphs import hyformer
 from zoo.tasks import molecules
+from zoo.tasks.tokens import token_errors
 
 KEY = jax.random.key(3)
 PAPER = zoo.paper("hyformer")
@@ -110,7 +111,7 @@ def test_the_embedding_learns_from_three_uses(setting):  # card, Acceptance 4
                 x, _ = model.apply(
                     {"params": params | {"trunk": trunk}}, batch[rows], jnp.full(5, causal), there, method="embed"
                 )
-                total += jnp.mean(molecules.token_errors(x @ table.T, batch["tokens"]))
+                total += jnp.mean(token_errors(x @ table.T, batch["tokens"]))
             return total
 
         def tied(table):
@@ -119,7 +120,7 @@ def test_the_embedding_learns_from_three_uses(setting):  # card, Acceptance 4
                 x, own = model.apply(
                     {"params": params | {"trunk": trunk}}, batch[rows], jnp.full(5, causal), there, method="embed"
                 )
-                total += jnp.mean(molecules.token_errors(x @ own.T, batch["tokens"]))
+                total += jnp.mean(token_errors(x @ own.T, batch["tokens"]))
             return total
 
         table = params["trunk"]["embedding"]

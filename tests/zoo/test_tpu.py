@@ -29,8 +29,7 @@ def recipe(slug, mesh, **changes):
 @pytest.mark.parametrize("slug", SLUGS)
 def test_the_train_step_compiles_for_a_slice_of_sixteen(slug):
     tiny = recipe(slug, "data=2,fsdp=4,tensor=2")
-    report, _ = compile_step(tiny, SLICE)
-    _, program = recipe_step(tiny, topology_devices(SLICE))
+    report, _, program = compile_step(tiny, SLICE)
     rows = placements(program.state_shapes.params, program.mesh)
     # Falls as 1/N: of what the rules split, each device holds its part and no more.
     assert report.memory.parameters == sum(r.bytes_per_device for r in rows) < sum(r.bytes for r in rows)
@@ -48,9 +47,8 @@ def test_the_train_step_compiles_for_a_slice_of_sixteen(slug):
 def test_memory_falls_as_one_over_the_slice():
     split = []
     for n, topology in ((1, "v5e:1x1"), (4, "v5e:2x2"), (16, SLICE)):
-        report, _ = compile_step(recipe("ister", f"fsdp={n}", precision="bfloat16"), topology)
+        report, _, program = compile_step(recipe("ister", f"fsdp={n}", precision="bfloat16"), topology)
         assert report.memory.temporaries > 0  # of the smallest papers a chip's share needs none
-        _, program = recipe_step(recipe("ister", f"fsdp={n}"), topology_devices(topology))
         vectors = sum(r.bytes for r in placements(program.state_shapes.params, program.mesh) if len(r.shape) < 2)
         split.append(n * (report.memory.parameters - vectors))
     assert split[0] == split[1] == split[2] > 0
@@ -79,7 +77,7 @@ def test_the_loop_over_steps_compiles():
 def test_loops_over_layers_are_counted_in_tpu_programs_too():
     model = dataclasses.replace(recipe_for("ister").model, num_layers=2)
     loop, row = (
-        compile_step(recipe("ister", "data=16", model=model, scan_layers=scan), SLICE)[0] for scan in (True, False)
+        compile_step(recipe("ister", "data=16", model=model, scan_layers=scan), SLICE).report for scan in (True, False)
     )
     assert loop.exact
     assert loop.flops == pytest.approx(row.flops, rel=0.1)

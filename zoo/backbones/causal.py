@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import layers
-from layers import KeyValueCache, Mask
+from layers import Mask
 from zoo.backbones.hooks import AttentionHook, plain_attention
 from zoo.blocks import Linear
 
@@ -26,6 +26,7 @@ __all__ = [
     "visible_keys",
 ]
 
+CacheT = TypeVar("CacheT")  # a layer's, with the `length` of each row
 Cache = tuple[Any, ...]  # one for each layer: keys and values, or what else it remembers
 
 
@@ -90,14 +91,14 @@ def visible_keys(
     return layers.KeyMask(present) if mask is None else mask & layers.KeyMask(present)
 
 
-def settled(grown: KeyValueCache, before: KeyValueCache, present: Bool[Array, "B L"] | None) -> KeyValueCache:
+def settled(grown: CacheT, before: CacheT, present: Bool[Array, "B L"] | None) -> CacheT:
     """The extended cache without the padding at the end of the new tokens: the next ones are written over it."""
     if present is None:
         return grown
     return grown._replace(length=before.length + jnp.sum(present, axis=-1, dtype=before.length.dtype))
 
 
-def runs(count: int, kind: Callable[[int], Any], hook: AttentionHook) -> Iterator[tuple[int, int]]:
+def runs(count: int, kind: Callable[[int], Any], hook: AttentionHook = plain_attention) -> Iterator[tuple[int, int]]:
     """(first, number) of layers of one kind after one another, one by one where a hook may tell them apart."""
     first = 0
     for index in range(1, count + 1):

@@ -1,9 +1,9 @@
-"""Text, token by token: one compiled loop for every backbone with a cache.
+"""Text, token by token: one compiled loop for every backbone and paper with a cache.
 
-The contract. `zoo.backbone(name).start(config, batch_size, capacity)` is an empty cache, a pytree of arrays.
-`model.apply(variables, input_ids, attention_mask=, cache=, logits_at=)` gives an output with `logits` and the extended
-`cache`; nothing else is kept anywhere. Padding of such a call stands at the end of a row and leaves no trace in the
-cache, so that rows of different lengths go on side by side. L tokens in one call equal L calls of one token.
+The contract. `start(config, batch_size, capacity)` of a backbone or paper is an empty cache, a pytree of arrays.
+`model.apply(variables, prompt(ids), attention_mask=, cache=, logits_at=)` gives an output with `logits` and the
+extended `cache`; nothing else is kept anywhere. Padding of such a call stands at the end of a row and leaves no trace in
+the cache, so that rows of different lengths go on side by side. L tokens in one call equal L calls of one token.
 """
 
 from collections.abc import Mapping
@@ -103,9 +103,10 @@ def _generate(model, settings, variables, ids, mask, key, temperature, top_p, in
     ids, present = left_align(ids, mask)
     # Keys and values have the type of the projections; norms may be wider.
     largest = max((x for x in jax.tree.leaves(variables) if jnp.issubdtype(x.dtype, jnp.floating)), key=jnp.size)
-    cache = record_of(model).start(model.config, batch, ids.shape[1] + s.max_new_tokens, largest.dtype)
+    record = record_of(model)
+    cache = record.start(model.config, batch, ids.shape[1] + s.max_new_tokens, largest.dtype)
     last = jnp.maximum(jnp.sum(present, axis=-1) - 1, 0)
-    output = model.apply(variables, ids, attention_mask=present, cache=cache, logits_at=last, **inputs)
+    output = model.apply(variables, record.prompt(ids), attention_mask=present, cache=cache, logits_at=last, **inputs)
 
     def draw(logits, step, done):
         token = sample(
@@ -117,7 +118,7 @@ def _generate(model, settings, variables, ids, mask, key, temperature, top_p, in
 
     def step(state):
         i, token, done, tokens, cache = state
-        output = model.apply(variables, token[:, None], attention_mask=~done[:, None], cache=cache)
+        output = model.apply(variables, record.prompt(token[:, None]), attention_mask=~done[:, None], cache=cache)
         token, now_done = draw(output.logits, i, done)
         return i + 1, token, now_done, tokens.at[:, i].set(token), output.cache
 

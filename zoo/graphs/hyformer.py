@@ -26,6 +26,7 @@ from zoo.errors import UserError
 from zoo.paper import Official, Paper
 from zoo.tasks import molecules
 from zoo.tasks.task import Batch, Task
+from zoo.tasks.tokens import masked_mean, token_errors
 from zoo.weights.table import Table, fused_linear, layer_norm, linear, shared
 
 TASKS = ("generation", "reconstruction", "descriptors", "prediction")
@@ -464,7 +465,7 @@ def official_call(model: Model, variables: Mapping[str, Any], inputs: Mapping[st
         return x, x @ table.T
 
     def error(logits, labels):
-        return molecules.masked_mean(molecules.token_errors(logits, jnp.maximum(labels, 0)), labels >= 0)
+        return masked_mean(token_errors(logits, jnp.maximum(labels, 0)), labels >= 0)
 
     found["embeddings_generation"], logits = rows("generation", True)
     found["logits_generation"] = logits[:, 1:]
@@ -488,7 +489,7 @@ def official_call(model: Model, variables: Mapping[str, Any], inputs: Mapping[st
             odds = logits if logits.shape[1] == c.num_targets else logits[:, 1:] - logits[:, :1]
             found["predict"], known = jax.nn.sigmoid(odds), properties >= 0
             errors = jax.nn.softplus(odds) - odds * properties
-        found["loss_prediction"] = molecules.masked_mean(errors, known)
+        found["loss_prediction"] = masked_mean(errors, known)
     if isinstance(c, OfficialConfig) and c.generation is not None:
         length, count, temperature, top_k = c.generation
         made = model.generate(

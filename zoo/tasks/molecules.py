@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from zoo.tasks import thresholds
 from zoo.tasks.task import Batch, Task
+from zoo.tasks.tokens import masked_mean, token_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,27 +34,13 @@ __all__ = [
     "MEASUREMENTS",
     "example",
     "losses",
-    "masked_mean",
     "pad",
     "picture",
-    "token_errors",
     "typical",
 ]
 
 Outputs = Mapping[str, Array]
 _BORDERS = np.linspace(-12, 12, 601, dtype=np.float32)  # of the bins of log odds
-
-
-def token_errors(logits: Float[Array, "B L V"], tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """-log p of each token, float32."""
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, tokens[..., None].astype(jnp.int32), axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def masked_mean(values: Float[Array, "*shape"], counted: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """The mean of what counts, 0 if nothing does."""
-    return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
 
 
 def _classes(batch: Batch) -> bool:
