@@ -2,8 +2,8 @@
 
 The contract. `start(config, batch_size, capacity)` of a backbone or paper is an empty cache, a pytree of arrays.
 `model.apply(variables, prompt(ids), attention_mask=, cache=, logits_at=)` gives an output with `logits` and the
-extended `cache`; nothing else is kept anywhere. Padding of such a call stands at the end of a row and leaves no trace in
-the cache, so that rows of different lengths go on side by side. L tokens in one call equal L calls of one token.
+extended `cache`; nothing else is kept anywhere. Padding of such a call stands at the end of a row and leaves no trace
+in the cache, so that rows of different lengths go on side by side. L tokens in one call equal L calls of one token.
 """
 
 from collections.abc import Mapping

@@ -55,7 +55,7 @@ class Config:
     def __post_init__(self):
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not twice a multiple of num_heads {self.num_heads}: rotation needs it"
+                f"hidden_size {self.hidden_size} is not twice a multiple of num_heads {self.num_heads}: widen it"
             )
 
     @property
