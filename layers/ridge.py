@@ -147,7 +147,7 @@ class KernelRidgeCache(NamedTuple):
 def empty_kernel_ridge_cache(
     batch: int, capacity: int, heads: int, dim: int, *, value_dim: int | None = None, dtype: Any = jnp.float32
 ) -> KernelRidgeCache:
-    """Room for `capacity` tokens a row; `dtype` is that of keys."""
+    """Room for `capacity` tokens a row; `dtype` is that of keys. Source: card cubit, Mechanism ("Decoding")."""
     key = jnp.zeros((batch, capacity, heads, dim), dtype)
     value = jnp.zeros((batch, capacity, heads, value_dim or dim), jnp.float32)
     return KernelRidgeCache(key, key.astype(jnp.float32), value, jnp.zeros(batch, jnp.int32))

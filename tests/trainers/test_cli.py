@@ -162,7 +162,7 @@ def test_wrong_usage_exits_with_two(name, tmp_path, monkeypatch, capsys):
 
 BAD = {
     "unknown paper": (["istr"], "no paper is called 'istr'; did you mean 'ister'"),
-    "planned paper": (["cubit"], "cubit .* is planned but not implemented yet"),
+    "planned paper": (["gatp"], "gatp .* is planned but not implemented yet"),
     "unknown config": (["ister", "--config", "eth1"], "ister has no recipe for config 'eth1'; did you mean 'etth1'"),
     "unknown data": (["ister", "--data", "ett_h3"], "no forecasting data set is called 'ett_h3'; did you mean 'ett_h"),
     "missing csv": (["ister", "--data", "ett_h1", "--data-dir", "."], "holds none of ETTh1.csv, ETTh1.csv.gz"),

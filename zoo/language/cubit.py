@@ -37,8 +37,8 @@ class Config:
     length: int = 128  # L, of the rows it is trained on; no limit of the code
     hidden_size: int = 64  # D, width of a token
     intermediate_size: int = 172  # width inside the MLP
-    num_layers: int = 2
-    num_heads: int = 4
+    num_layers: int = 2  # of attention and MLP
+    num_heads: int = 4  # H, all of keys and values too
     ridge_layers: tuple[int, int] | None = None  # [first, end) of the layers that are Cubit, None: all; others attend
     share_reference: bool = False  # references are the keys, without a projection of their own
     query_key_norm: Literal["none", "head", "width"] = "none"  # RMS norm of each head, or over all heads at once
@@ -46,7 +46,7 @@ class Config:
     log_ridge: float = -23.025850929940457  # log lambda at the start, learned a head: log 1e-10
     rescale_low: float = 0.5  # of the values' scale c at the start, learned a head
     rescale_range: float = 1.5  # c = low + range sigmoid(W_c x)
-    rope_base: float = 10_000.0
+    rope_base: float = 10_000.0  # of the rotation's wavelengths
     window: int | None = None  # tokens a token sees, itself among them; both kernels'
     norm_epsilon: float = 1e-6  # added to the mean square under the root
     tie_embeddings: bool = False  # the output layer is the embedding
@@ -216,8 +216,8 @@ PAPER = Paper(
     example=example,
     cache=empty_cache,
     configs={
-        "tiny": Config(vocabulary=16),
-        "tiny_transformer": Config(vocabulary=16, ridge_layers=(0, 0)),
+        "tiny": Config(vocabulary=16, length=64),
+        "tiny_transformer": Config(vocabulary=16, length=64, ridge_layers=(0, 0)),
         "shakespeare": _SHAKESPEARE,
         "captions": Config(vocabulary=256, length=256, hidden_size=128, intermediate_size=344, num_layers=4),
         "125m": _SMALL,
