@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -177,7 +177,6 @@ def _recipe_arguments(command: str, argv: Sequence[str], about: str, **own: tupl
 
 
 def train(argv: Sequence[str]) -> None:
-    from trainers import distributed
     from trainers.loop import train as run_training
     from trainers.recipe import save_recipe
 
@@ -204,9 +203,18 @@ def train(argv: Sequence[str]) -> None:
         print(f"wrote {parsed.save_config}")
         return
     workdir = epath.Path(parsed.workdir or f"runs/{parsed.recipe.paper}").expanduser()
-    distributed.connect(parsed.coordinator, parsed.process)
-    try:
+    with _joined(parsed.coordinator, parsed.process):
         run_training(parsed.recipe, workdir, profile=parsed.profile)
+
+
+@contextlib.contextmanager
+def _joined(coordinator: str | None, process: str | None) -> Iterator[None]:
+    """Inside, this process is one of all that run the command together."""
+    from trainers import distributed
+
+    distributed.connect(coordinator, process)
+    try:
+        yield
     except UserError as error:
         if distributed.several():  # waiting for the others to say good-bye would take minutes
             print(f"zoo: {error}", file=sys.stderr, flush=True)
@@ -369,6 +377,8 @@ def compare(
     batch_size: int | None = None,
     config: str | None = None,
     workdir: str | None = None,
+    coordinator: str | None = None,
+    process: str | None = None,
 ) -> None:
     """Train several papers of one task on the same data under equal budget; writes a table and a plot.
 
@@ -387,8 +397,9 @@ def compare(
         batch_size: Examples a step.
         config: The config of the papers that are named without one, which each of them must have (default: tiny).
         workdir: The folder (default: runs/compare-PAPERS-DATA).
+        coordinator: Of several processes: host:port of the first. Not needed on Cloud TPU, GKE and Slurm.
+        process: Of several processes: which one this is, the first of four being 0/4.
     """
-    from trainers import distributed
     from trainers.compare import compare as run_comparison
     from trainers.compare import contenders
 
@@ -397,10 +408,10 @@ def compare(
     chosen = contenders(
         papers, data=data, data_dir=data_dir, config=config, steps=steps, epochs=epochs, batch_size=batch_size
     )
-    distributed.connect(None, None)
     names = "-".join(contender.name.replace(":", "-") for contender in chosen)
     folder = epath.Path(workdir or f"runs/compare-{names}-{data.replace('/', '-')}").expanduser()
-    run_comparison(chosen, seeds=seeds, workdir=folder)
+    with _joined(coordinator, process):
+        run_comparison(chosen, seeds=seeds, workdir=folder)
 
 
 def bench(argv: Sequence[str]) -> None:

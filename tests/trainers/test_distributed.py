@@ -1,5 +1,6 @@
 """Real processes that train one model together, on this machine's CPU."""
 
+import csv
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ from safetensors.numpy import load_file
 import zoo
 from trainers import distributed
 
-COMMAND = [sys.executable, "-m", "trainers.cli", "train", "ister", "--log-every", "5", "--seed", "3"]
+ZOO = [sys.executable, "-m", "trainers.cli"]
+TRAIN = ["train", "ister", "--log-every", "5", "--seed", "3"]
 SHORT = ["--steps", "20", "--evaluation.every", "10"]
 
 
@@ -31,7 +33,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def start(workdir, cache, *options, count=1, devices=1):
+def start(workdir, cache, *options, count=1, devices=1, words=TRAIN):
     """The processes of one run; a process has `devices` virtual devices."""
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",  # the last counts
@@ -43,7 +45,7 @@ def start(workdir, cache, *options, count=1, devices=1):
     processes = []
     for i in range(count):
         joined = ["--coordinator", coordinator, "--process", f"{i}/{count}"] if count > 1 else []
-        command = [*COMMAND, "--workdir", str(workdir), *joined, *options]
+        command = [*ZOO, *words, "--workdir", str(workdir), *joined, *options]
         outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **outputs))
     return processes
@@ -108,6 +110,26 @@ def test_a_lost_process_ends_the_run_and_it_goes_on_with_the_same_bits(tmp_path,
     ours, theirs = (load_file(w / "model.safetensors") for w in (workdir, whole))
     chex.assert_trees_all_equal(ours, theirs)
     np.testing.assert_array_equal(losses(workdir), losses(whole))
+
+
+def test_two_processes_compare_what_one_compares(tmp_path, cache):
+    tables = []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        words = ["compare", "ister:tiny", "ister:ettm1", "--steps", "4", "--batch-size", "8"]
+        codes, outputs = finish(start(workdir, cache, "--seeds", "1", count=count, words=words))
+        assert codes == [0] * count, outputs
+        with open(workdir / "comparison.csv") as file:
+            tables.append(list(csv.DictReader(file)))
+        assert (workdir / "comparison.png").stat().st_size > 1000
+        assert all("wrote" not in output for output in outputs[1:])
+    assert [row["paper"] + row["config"] for row in tables[0]] == ["istertiny", "isterettm1", "repeat_last"]
+    for one, two in zip(*tables, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            if name.startswith(("mse", "mae")) and one[name]:
+                assert float(one[name]) == pytest.approx(float(two[name]), abs=1e-5)
+    assert any(name.startswith("mse") for name in tables[0][0])
 
 
 def test_sigterm_to_one_process_saves_the_run_of_all(tmp_path, cache):
