@@ -130,6 +130,7 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool = False) -> Float[Array, "B h w 1"]:
         c, x = self.config, batch["x"]
+
         def convolved(x: Array, channels: int, name: str, *, size: int = 3, dilation: int = 1) -> Array:
             spread = {"padding": dilation * (size // 2), "kernel_dilation": dilation}
             start = nn.initializers.normal(c.init_std or 0.01)
