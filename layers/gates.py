@@ -276,7 +276,7 @@ def mean_map_gate(
     return gate.astype(x.dtype)
 
 
-@partial(jax.jit, static_argnames=("order", "variant", "normalize"))
+@partial(jax.jit, static_argnames=("order", "variant", "normalize", "epsilon"))
 def pfcasa(
     x: Float[Array, "B *spatial C"],
     *,
@@ -284,6 +284,7 @@ def pfcasa(
     ridge: Float[Array, ""] | float = 1e-4,
     variant: str = "energy",
     normalize: str = "mean",
+    epsilon: float = 1e-6,
 ) -> Float[Array, "B *spatial C"]:
     """x gated by `energy_channel_gate`, then by `mean_map_gate` of the result: attention without parameters.
 
@@ -297,7 +298,7 @@ def pfcasa(
         return x * energy_channel_gate(x, ridge=ridge, variant=variant)
 
     def spatial(x):
-        return x * mean_map_gate(x, normalize=normalize)
+        return x * mean_map_gate(x, normalize=normalize, epsilon=epsilon)
 
     if order == "parallel":
         return (channel(x) + spatial(x)) / 2

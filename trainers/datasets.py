@@ -39,6 +39,8 @@ _LOADERS = {
     "classification/signals": _SIGNALS,
     "classification/systems": Loader("federated.load_federated", ("image_size", "channels", "num_classes")),
     "classification/theory": _TEXTS,
+    "density_regression": Loader("crowds.load_crowds", ("height", "width")),
+    "classification/vision": Loader("images.load_images", ("image_size", "channels", "num_classes")),
     "entity_alignment": Loader(
         "alignment.load_alignment", whole=("num_entities", "num_relations", "num_times", "num_intervals")
     ),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 import zoo
@@ -70,6 +71,13 @@ def idx(values: np.ndarray) -> bytes:
 
 def lines(*rows) -> bytes:
     return "".join(f"{row}\n" for row in rows).encode()
+
+
+def heads(points) -> bytes:
+    raw, info = io.BytesIO(), np.empty((1, 1), object)
+    info[0, 0] = {"location": np.asarray(points, float), "number": float(len(points))}
+    scipy.io.savemat(raw, {"image_info": info})
+    return raw.getvalue()
 
 
 def csv_numbers(values) -> bytes:
@@ -721,6 +729,19 @@ CASES = {
         {"train": 20, "test": 8},
         {"name": b"Image_01L", "vessels": VESSELS, "second_observer": VESSELS},
         ("Image_14R_2ndHO.png", b"no picture", "is not a readable picture"),
+    ),
+    "shanghaitech/part_B": Case(
+        {
+            f"part_B_final/{part}_data/{file}": content
+            for part in ("train", "test")
+            for file, content in (
+                ("images/IMG_1.jpg", picture(EYE, "JPEG")),
+                ("ground-truth/GT_IMG_1.mat", heads([[3.5, 2.25], [1, 6]])),
+            )
+        },
+        {"train": 1, "test": 1},
+        {"name": b"IMG_1", "points": np.array([[3.5, 2.25], [1, 6]], np.float32)},
+        ("part_B_final/test_data/ground-truth/GT_IMG_1.mat", b"no matrix", "holds no points of heads"),
     ),
     "set11": Case(
         {"Monarch.tif": picture(PIXELS, "TIFF"), "house.tif": picture(PIXELS, "TIFF", "P")},

@@ -768,6 +768,18 @@ DATASETS: dict[str, DatasetFacts] = {
         files=("Image_*.jpg", "Image_*_1stHO.png", "Image_*_2ndHO.png", "CHASEDB1.zip"),
         builder="images.ChaseDb1",
     ),
+    "shanghaitech": DatasetFacts(
+        task="crowd counting",
+        description="photographs of crowds with a point on each head, in <part>*/<train|test>_data/images and "
+        "ground-truth; part_A from the web, of many sizes, part_B of streets, 768 x 1024",
+        licence="none stated; for research",
+        size="300 + 182 and 400 + 316 images",
+        home="https://www.kaggle.com/datasets/tthien/shanghaitech",
+        citation="Zhang et al., doi:10.1109/CVPR.2016.70",
+        files=("{member}*/*_data/images/IMG_*.jpg", "{member}*/*_data/ground*truth/GT_IMG_*.mat"),
+        builder="images.ShanghaiTech",
+        members=("part_A", "part_B"),
+    ),
     "set11": DatasetFacts(
         task="image reconstruction",
         description="grey test photographs of compressive sensing",

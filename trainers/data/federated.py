@@ -11,36 +11,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from trainers.data.prepare import load_dataset
+from trainers.data.images import ImageSplit, check_sizes, read_images
 from zoo.catalogue import closest
 from zoo.errors import UserError
 from zoo.tasks.classification import class_prior
 
-__all__ = ["ClientSplit", "FederatedData", "ImageSplit", "dirichlet_partition", "load_federated", "patterned_images"]
+__all__ = ["ClientSplit", "FederatedData", "dirichlet_partition", "load_federated", "patterned_images"]
 
 CLIENTS, SAMPLED = 10, 4
 _SETS = ("standin", "digits8x8", "cifar10_sample")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ImageSplit:
-    """Images of one part, whoever has them."""
-
-    image: Float[Array, "N H W C"]
-    label: Int[Array, " N"]
-    prior: Float[Array, " K"]  # of the training part
-
-    def __len__(self) -> int:
-        return self.image.shape[0]
-
-    def batch(self, indices: Int[Array | np.ndarray, " B"]) -> dict[str, Array]:
-        """The images of these numbers as a batch of classification; traceable."""
-        label = self.label[indices]
-        prior = jnp.broadcast_to(self.prior, (*label.shape, *self.prior.shape))
-        return {"x": self.image[indices], "label": label, "prior": prior}
 
 
 @jax.tree_util.register_dataclass
@@ -126,21 +107,7 @@ def _read(name: str, data_dir: str | None, seed: int, image_size: int) -> dict[s
             raise UserError("the stand-in is generated and takes no --data-dir; name a set with --data digits8x8")
         image, label = patterned_images(seed, 2400, size=image_size)
         return {"train": (image[:2000], label[:2000]), "test": (image[2000:], label[2000:])}
-    sources = load_dataset(name, data_dir)
-
-    def whole(source) -> tuple[np.ndarray, np.ndarray]:
-        rows = [source[i] for i in range(len(source))]
-        image = np.stack([np.asarray(row["image"], np.float32) for row in rows])
-        return image.reshape(*image.shape[:3], -1), np.array([row["label"] for row in rows], np.int32)
-
-    if name == "digits8x8":
-        image, label = whole(sources["digits"])
-        half = len(label) // 2  # customary: the first half trains
-        found = {"train": (image[:half], label[:half]), "test": (image[half:], label[half:])}
-    else:
-        found = {part: whole(sources[part]) for part in ("train", "test")}
-    mean, deviation = found["train"][0].mean(), found["train"][0].std()
-    return {part: ((image - mean) / deviation, label) for part, (image, label) in found.items()}
+    return read_images(name, data_dir)
 
 
 def load_federated(
@@ -158,13 +125,7 @@ def load_federated(
         raise UserError(f"{name}: what follows @ is the Dirichlet distribution's alpha, a positive number")
     parts = _read(known, data_dir, seed, image_size)
     image, label = parts["train"]
-    if image.shape[1:] != (image_size, image_size, channels):
-        raise UserError(
-            f"images of {known} are {'x'.join(map(str, image.shape[1:]))}: set --model.image-size {image.shape[1]} "
-            f"and --model.channels {image.shape[-1]}"
-        )
-    if label.max() >= num_classes:
-        raise UserError(f"{known} has {label.max() + 1} classes: set --model.num-classes to that")
+    check_sizes(known, image, label, image_size=image_size, channels=channels, num_classes=num_classes)
     held = np.arange(len(label)) % 10 == 9
     prior = jnp.asarray(class_prior(label[~held], num_classes))
 

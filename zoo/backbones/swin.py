@@ -48,6 +48,7 @@ class Config:
     any_image_size: bool = False  # images of other sizes may enter; windows stay those of image_size
     mlp_ratios: tuple[float | int, ...] = (2.0, 2.0)  # of the MLPs' widths to the tokens'
     query_bias: bool = True  # biases of the projections to query, key and value
+    position_bias: tuple[bool, ...] | None = None  # stages whose scores have a table of biases; None: all of them
     pool: str = "avg"  # avg | max | avgmax | catavgmax
     norm_epsilon: float = 1e-5  # added to the variance under the root
 
@@ -55,6 +56,9 @@ class Config:
         for name in ("num_heads", "head_dims", "windows", "mlp_ratios"):
             if len(getattr(self, name)) != len(self.depths):
                 raise ValueError(f"{name} {getattr(self, name)} has not {len(self.depths)} entries, one a stage")
+
+    def has_bias(self, stage: int) -> bool:
+        return self.position_bias is None or self.position_bias[stage]
 
     def grid(self, stage: int) -> tuple[int, int]:
         """Tokens of a stage, height and width."""
@@ -132,8 +136,9 @@ class Model(nn.Module):
                 x = norm(f"stage{shape.stage}_merge_norm")(_merged(x))
                 x = Linear(c.stage_width(shape.stage), use_bias=False, name=f"stage{shape.stage}_merge")(x)
             attention = partial(
-                WindowAttention, shape.num_heads, shape.head_dim, shape.window, shape.shift, shape.window,
-                self.attention, Layer(index, f"{shape.name}/attention"), c.query_bias,
+                WindowAttention, shape.num_heads, shape.head_dim, shape.window, shape.shift,
+                shape.window if c.has_bias(shape.stage) else None, self.attention,
+                Layer(index, f"{shape.name}/attention"), c.query_bias,
             )  # fmt: skip
             stem, _, number = shape.name.rpartition("_")
             make = partial(WindowLayer, attention, shape.hidden, c.norm_epsilon)
@@ -226,7 +231,8 @@ def official_table(c: Config) -> Table:
         theirs, ours = shape.official, shape.name
         names = tuple(f"{ours}/attention/{name}" for name in ("query", "key", "value"))
         yield from fused_linear(f"{theirs}.attn.qkv", names, shape.num_heads * shape.head_dim, bias=c.query_bias)
-        yield from parameter(f"{theirs}.attn.relative_position_bias_table", f"{ours}/attention/bias_table")
+        if c.has_bias(shape.stage):
+            yield from parameter(f"{theirs}.attn.relative_position_bias_table", f"{ours}/attention/bias_table")
         yield from linear(f"{theirs}.attn.proj", f"{ours}/attention/out")
         yield from layer_norm(f"{theirs}.norm1", f"{ours}/attention_norm")
         yield from layer_norm(f"{theirs}.norm2", f"{ours}/mlp_norm")

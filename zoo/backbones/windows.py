@@ -21,13 +21,14 @@ class WindowAttention(nn.Module):
     """Every token of a grid attends to its window's, shifted cyclically by `shift`.
 
     The table of biases is that of `table_window`; a smaller window takes the leading part of its index, as MONAI does.
+    None: there are no biases.
     """
 
     num_heads: int
     head_dim: int
     window: Sizes
     shift: Sizes
-    table_window: Sizes
+    table_window: Sizes | None
     hook: AttentionHook
     layer: Layer
     query_bias: bool = True
@@ -48,11 +49,12 @@ class WindowAttention(nn.Module):
             Linear(self.num_heads * self.head_dim, use_bias=self.query_bias, name=name)(windows).reshape(heads)
             for name in ("query", "key", "value")
         )
-        rows = math.prod(2 * w - 1 for w in self.table_window)
-        table = self.param("bias_table", nn.initializers.truncated_normal(0.02), (rows, self.num_heads))
-        index = layers.window_relative_index(self.table_window)[:tokens, :tokens]
-        bias = jnp.moveaxis(jnp.asarray(table, x.dtype)[index], -1, 0)
-        mask = None
+        bias, mask = None, None
+        if self.table_window is not None:
+            rows = math.prod(2 * w - 1 for w in self.table_window)
+            table = self.param("bias_table", nn.initializers.truncated_normal(0.02), (rows, self.num_heads))
+            index = layers.window_relative_index(self.table_window)[:tokens, :tokens]
+            bias = jnp.moveaxis(jnp.asarray(table, x.dtype)[index], -1, 0)
         if any(self.shift):
             may_meet = jnp.asarray(layers.window_shift_mask(padded, self.window, self.shift))
             mask = DenseMask(jnp.tile(may_meet[:, None], (batch, 1, 1, 1)))

@@ -1,9 +1,11 @@
 """Pictures, and point clouds."""
 
+import io
 import re
 from collections.abc import Iterable
 
 import numpy as np
+import scipy.io
 import tensorflow_datasets as tfds
 
 from trainers.data.builders.base import Example, Reader, array, text
@@ -125,6 +127,28 @@ class ChaseDb1(Reader, skip_registration=True):
             if not first.shape == second.shape == image.shape[:2]:
                 raise UserError(f"{files.path(name)} is {image.shape[:2]}, its drawings {first.shape}, {second.shape}")
             yield {"name": stem.rsplit("/", 1)[-1], "image": image, "vessels": first, "second_observer": second}
+
+
+class ShanghaiTech(Reader, skip_registration=True):
+    def features(self):
+        return {"name": text(), "image": array(np.uint8, None, None, 3), "points": array(np.float32, None, 2)}
+
+    def read(self, files: Files) -> dict[str, Iterable[Example]]:
+        return {part: self._cases(files, f"{self.config}*/{part}_data") for part in ("train", "test")}
+
+    @staticmethod
+    def _cases(files: Files, folder: str) -> Iterable[Example]:
+        for name in files.all(f"{folder}/images/IMG_*.jpg"):
+            stem = name.rsplit("/", 1)[-1].removesuffix(".jpg")
+            truth = f"{folder}/ground*truth/GT_{stem}.mat"
+            raw = io.BytesIO(files.read(truth))
+            try:
+                # A structure in a cell: where the heads are, and their number.
+                points = np.asarray(scipy.io.loadmat(raw)["image_info"][0, 0][0, 0][0], np.float32).reshape(-1, 2)
+            except (LookupError, TypeError, ValueError, NotImplementedError, scipy.io.matlab.MatReadError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"{files.path(truth)} holds no points of heads ({reason}): fetch it again") from error
+            yield {"name": stem, "image": files.image(name, "RGB"), "points": points}
 
 
 class Set11(Reader, skip_registration=True):
