@@ -47,11 +47,11 @@ class Config:
     host: Literal["deit", "pvt", "pvt_v2", "swin"] = "deit"  # the transformer whose attention is replaced
     image_size: int = 224  # side of a square image; others have their positions interpolated
     channels: int = 3  # of the image
-    num_classes: int = 1000
+    num_classes: int = 1000  # K, to tell apart
     patch: int = 16  # side of a token of the first stage, in pixels; of pvt_v2 always 4
     widths: tuple[int, ...] = (192,)  # of a token; in swin each is twice the one before
     depths: tuple[int, ...] = (12,)  # layers
-    num_heads: tuple[int, ...] = (3,)
+    num_heads: tuple[int, ...] = (3,)  # H, of attention
     mlp_ratios: tuple[float, ...] = (4.0,)  # of the MLPs' widths to the tokens'
     representatives: tuple[int, ...] = (49,)  # M; 0: the host's own attention, which in pvt and pvt_v2 is to all tokens
     class_token: bool = True  # of deit and pvt, the token that is classified; else the mean of all
