@@ -183,7 +183,10 @@ def test_learns():
     recipe = recipe_for("hyperpose")
     short = dataclasses.replace(recipe.model, frames=9)
     prepared = prepare(dataclasses.replace(recipe, model=short, mesh="data=1", log_every=75))
-    order = jnp.asarray(np.random.default_rng(0).permutation(len(prepared.splits.train)), jnp.int32)
-    state, _ = prepared.program.run(prepared.program.init(), prepared.splits.train, order, 0, 75)
-    scores = prepared.program.evaluate(state.variables, prepared.splits.test)
-    assert float(scores["mpjpe"]) < 0.6 * float(scores["at_root/mpjpe"])
+    train = prepared.splits.train
+    order = jnp.asarray(np.random.default_rng(0).permutation(len(train)), jnp.int32)
+    _, history = prepared.program.run(prepared.program.init(), train, order, 0, 75)
+    errors = np.asarray(history["mpjpe"])[:75]
+    radius = float(jnp.mean(jnp.linalg.norm(train.pose, axis=-1)))
+    assert errors[-10:].mean() < 0.6 * radius
+    assert errors[0] > 0.8 * radius

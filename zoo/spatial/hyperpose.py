@@ -38,19 +38,19 @@ class Config:
     """Sizes and constants; lengths are in frames."""
 
     frames: int = 243  # T, of a clip
-    d_model: int = 512  # d
+    d_model: int = 512  # d, width of a joint in a frame
     num_heads: int = 8  # H; v2 has one
     windows: tuple[int, ...] = (3, 9, 27)  # W of each pair of blocks: how far a frame sees to either side
-    mlp_ratio: int = 4
-    dropout_rate: float = 0.1
-    version: Literal["v3", "v2"] = "v3"
+    mlp_ratio: int = 4  # hidden width of feed-forward layers / d
+    dropout_rate: float = 0.1  # of attention outputs and feed-forward layers
+    version: Literal["v3", "v2"] = "v3"  # v2: that of the paper and of the published logs
     use_tree: bool = True  # False: attention knows nothing of the skeleton
     velocity_weight: float = 1.0  # lambda; 0: nor of velocities
     tree_hops: int = 3  # K, of v3
     head_norm: float = 3.0  # v3: longer queries and keys are shortened to this before they go to the hyperboloid
     max_norm: float = 15.0  # of any tangent vector that goes there or comes from there
     norm_epsilon: float = 1e-7  # added to a squared norm under the root, and to that where it divides
-    min_temperature: float = 1e-3
+    min_temperature: float = 1e-3  # lower ones are taken for it
     layer_norm_epsilon: float = 1e-5  # added to the variance under the root
     geometry_weight: float = 1.0  # c, of both geodesic losses
     curriculum: tuple[int, int] | None = None  # training passes between which c grows from 0; None: none
@@ -510,7 +510,6 @@ PAPER = Paper(
     configs={
         "tiny": Config(**_TINY),
         "tiny_v2": Config(**_TINY | _V2),
-        "cmu": Config(**_TINY | {"d_model": 64, "windows": (3, 9)}),  # not in the paper: recorded motions
         # Some 17,700 clips in batches of 8: the curriculum's epochs 10 and 20.
         "h36m": Config(curriculum=(22_180, 44_360)),
         "h36m_v2": Config(**_V2, windows=(3, 3, 3), occlusion_rate=0.0),

@@ -3,13 +3,12 @@
 from trainers.recipe import Evaluation, Optimizer, Recipe
 
 
-def _small(config: str, *, data: str = "standin", epochs: int = 6) -> Recipe:
+def _small(config: str) -> Recipe:
     return Recipe(
         paper="hyperpose",
         config=config,
-        data=data,
         batch_size=32,
-        epochs=epochs,
+        epochs=6,
         optimizer=Optimizer(name="adamw", learning_rate=3e-3, weight_decay=0.01, clip_norm=1.0, warmup_steps=20),
     )
 
@@ -17,7 +16,6 @@ def _small(config: str, *, data: str = "standin", epochs: int = 6) -> Recipe:
 RECIPES = {
     "tiny": _small("tiny"),
     "tiny_v2": _small("tiny_v2"),
-    "cmu": _small("cmu", data="cmu_mocap", epochs=20),
     "h36m": Recipe(
         paper="hyperpose",
         config="h36m",
