@@ -38,6 +38,7 @@ class Official:
     saved: tuple[Callable[[Any], Table], ...] = ()
     """The names in saved files, where they are not the state dict's: the first are written, all are read."""
     prefix: str = ""  # of the official names, which some files leave out
+    float64: bool = False  # golden cases are compared in float64: float32's rounding, magnified, would hide a fault
     ignored: tuple[str, ...] = ()  # regular expressions: tensors of some files in which nothing learned is stored
 
 

@@ -1,0 +1,1 @@
+"""Papers on space: points, poses, meshes and what moves them."""
