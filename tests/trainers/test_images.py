@@ -1,14 +1,13 @@
-"""Labelled images: the stand-in is told by pairs and by no sum, sets are divided as is customary; what is refused."""
+"""Labelled images: the stand-in is told by what two patches share and by no sum, sets are divided as usual; errors."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import zoo
-from trainers.data.images import load_images, paired_patches
+from trainers.data.images import COLOURS, MARKS, cued_patches, load_images
 
 SIZES = {"data_dir": None, "image_size": 32, "channels": 3, "num_classes": 10}
-PAIRS = [(i, j) for i in range(4) for j in range(i, 4)]
 
 
 def rng(seed=0):
@@ -16,45 +15,41 @@ def rng(seed=0):
 
 
 def decoded(image):
-    """Of each image the (colour, mark) of its patches, by the sum of their colours and where pixels are dark."""
+    """Of each image the (colour, mark) of its patches, the nearest of all there are; mark -1 is plain."""
     cells = image.reshape(len(image), 8, 4, 8, 4, 3).swapaxes(2, 3).reshape(len(image), 64, 4, 4, 3)
-    colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+    shapes = np.concatenate([np.ones((1, 4, 4)), MARKS])
+    known = (shapes[None, ..., None] * COLOURS[:, None, None, None]).reshape(-1, 48)
     for picture in cells:
-        found = []
-        for cell in picture[np.abs(picture.mean((1, 2))).max(-1) > 0.3]:
-            colour = int(np.argmin(np.square((cell[0, 0] > 0.5) - colours).sum(-1)))
-            on = cell[..., colours[colour].argmax()] > 0.5
-            mark = {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}[on[0, 1], on[1, 0]]
-            found.append((colour, mark))
-        yield found
+        shown = picture[np.abs(picture).mean((1, 2, 3)) > 0.12].reshape(-1, 1, 48)
+        nearest = np.square(shown - known).sum(-1).argmin(1)
+        yield [(int(n) // len(shapes), int(n) % len(shapes) - 1) for n in nearest]
 
 
-def test_a_class_is_which_marks_share_a_colour():
-    image, label = paired_patches(rng(), 300)
+def test_a_class_is_the_mark_of_the_patch_with_the_plain_ones_colour():
+    image, label = cued_patches(rng(), 300)
     assert np.bincount(label, minlength=10).min() > 15
     places = []
     for patches, kind, picture in zip(decoded(image), label, image, strict=True):
-        assert len(patches) == 4
-        colours = [colour for colour, _ in patches]
-        (twice,) = {c for c in colours if colours.count(c) == 2}
-        assert len(set(colours)) == 3
-        assert PAIRS[kind] == tuple(sorted(mark for colour, mark in patches if colour == twice))
+        assert len(patches) == 5
+        (plain,) = (colour for colour, mark in patches if mark < 0)
+        assert [mark for colour, mark in patches if colour == plain and mark >= 0] == [kind]
+        assert len({colour for colour, _ in patches}) == 4
         places.append(picture.reshape(8, 4, 8, 4, 3).mean((1, 3, 4)).argmax())
     assert len(set(places)) > 40
-    again, same = paired_patches(rng(), 300)
+    again, same = cued_patches(rng(), 300)
     np.testing.assert_array_equal(image, again)
     np.testing.assert_array_equal(label, same)
-    assert not np.array_equal(image, paired_patches(rng(1), 300)[0])
-    assert paired_patches(rng(), 2, size=16)[0].shape == (2, 16, 16, 3)
+    assert not np.array_equal(image, cued_patches(rng(1), 300)[0])
+    assert cued_patches(rng(), 2, size=16)[0].shape == (2, 16, 16, 3)
 
 
 def test_sums_over_patches_do_not_tell_the_class():
-    image, label = paired_patches(rng(), 3000)
-    counts = np.zeros((3000, 25))
-    counts[:, 24] = 1
+    image, label = cued_patches(rng(), 3000)
+    counts = np.zeros((3000, 67))
+    counts[:, 66] = 1
     for row, patches in zip(counts, decoded(image), strict=True):
         for colour, mark in patches:
-            row[4 * colour + mark] += 1
+            row[11 * colour + mark + 1] += 1
     fitted = np.linalg.lstsq(counts[:2000], np.eye(10)[label[:2000]], rcond=None)[0]
     accuracy = np.mean((counts[2000:] @ fitted).argmax(1) == label[2000:])
     assert 0.1 < accuracy < 0.5
@@ -87,7 +82,7 @@ def test_digits_are_divided_by_halves(tmp_path):
         ("digits", {}, "no set of images is called 'digits'; did you mean 'digits8x8'"),
         ("standin", {"data_dir": "somewhere"}, "the stand-in is generated"),
         ("standin", {"channels": 1}, "images of standin are 32x32x3: set --model.image-size 32 and --model.channels 3"),
-        ("standin", {"image_size": 30}, "a side that is a multiple of 4 from 8 on, not 30"),
+        ("standin", {"image_size": 30}, "a side that is a multiple of 4 from 12 on, not 30"),
         ("standin", {"num_classes": 7}, "standin has 10 classes: set --model.num-classes to that"),
     ],
 )

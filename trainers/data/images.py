@@ -1,4 +1,4 @@
-"""Labelled images of one size: the customary small sets, and a stand-in that is solved by grouping what is far apart.
+"""Labelled images of one size: the customary small sets, and a stand-in that is solved by finding what is far apart.
 
 Of each set the customary test part is kept; every tenth training image is for validation. Pixels have mean 0 and
 deviation 1 over the training part's images.
@@ -16,13 +16,28 @@ from zoo.catalogue import closest
 from zoo.errors import UserError
 from zoo.tasks.classification import class_prior
 
-__all__ = ["SETS", "ImageData", "ImageSplit", "check_sizes", "load_images", "paired_patches", "read_images"]
+__all__ = [
+    "COLOURS",
+    "MARKS",
+    "SETS",
+    "ImageData",
+    "ImageSplit",
+    "check_sizes",
+    "cued_patches",
+    "load_images",
+    "read_images",
+]
 
 SETS = ("digits8x8", "mnist", "cifar10_sample")
 _COUNTS = {"train": 4_444, "test": 1_000}  # of the stand-in; validation takes its tenth
-_COLOURS = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
-_MARKS = np.float32([[[1, 1], [1, 1]], [[1, 1], [0, 0]], [[1, 0], [1, 0]], [[1, 0], [0, 1]]])  # repeated
+COLOURS = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
 _CELL = 4  # pixels
+_ROW, _COLUMN = np.mgrid[:_CELL, :_CELL]
+_EDGE = (_ROW % 3 == 0) | (_COLUMN % 3 == 0)
+MARKS = np.float32([
+    _ROW % 2 == 0, _COLUMN % 2 == 0, (_ROW + _COLUMN) % 2 == 0, _EDGE, ~_EDGE, _ROW < 2, _COLUMN < 2, _ROW <= _COLUMN,
+    _ROW + _COLUMN <= 3, (_ROW // 2 + _COLUMN // 2) % 2 == 0,
+])  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -85,25 +100,25 @@ def check_sizes(
         raise UserError(f"{name} has {label.max() + 1} classes: set --model.num-classes to that")
 
 
-def paired_patches(rng: np.random.Generator, count: int, *, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """(images (N, S, S, 3), classes (N,)): noise of deviation 0.1 with four patches of 4 x 4 pixels, anywhere.
+def cued_patches(rng: np.random.Generator, count: int, *, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """(images (N, S, S, 3), classes (N,)): noise of deviation 0.1 with five patches of 4 x 4 pixels, anywhere.
 
-    Two of them have the same of six colours, the others one of their own each. Each has one of four marks: plain,
-    rows, columns, chequered. The class is which two marks (ten unordered pairs, as often each) share a colour: no
-    patch tells it, nor does a linear map of any sum over patches. After card rpattention, Data, whose class is the
-    colour that occurs twice, which such sums do tell.
+    One is plain; the others have different colours of six, one of them the plain one's, and each one of ten marks. The
+    class is the mark of the patch that has the plain one's colour: no patch tells it, nor does a linear map of any sum
+    over patches, as one must be found by what another shows. After card rpattention, Data, whose class is the colour
+    that occurs twice, which such sums do tell.
     """
-    if size % _CELL or size < 2 * _CELL:
-        raise UserError(f"the stand-in's images have a side that is a multiple of {_CELL} from 8 on, not {size}")
+    if size % _CELL or size < 3 * _CELL:
+        raise UserError(f"the stand-in's images have a side that is a multiple of {_CELL} from 12 on, not {size}")
     side = size // _CELL
-    pairs = np.array([(i, j) for i in range(4) for j in range(i, 4)])
-    label = rng.integers(0, len(pairs), count)
-    marks = np.concatenate([rng.permuted(pairs[label], axis=1), rng.integers(0, 4, (count, 2))], axis=1)
-    colours = rng.permuted(np.tile(np.arange(6), (count, 1)), axis=1)[:, [0, 0, 1, 2]]
-    place = rng.permuted(np.tile(np.arange(side * side), (count, 1)), axis=1)[:, :4]
-    patch = np.tile(_MARKS, (1, 2, 2))[marks][..., None] * _COLOURS[colours][:, :, None, None]
+    label = rng.integers(0, len(MARKS), count)
+    others = rng.integers(0, len(MARKS), (count, 3))
+    marks = np.concatenate([MARKS[label[:, None]], MARKS[others]], axis=1)
+    patch = np.concatenate([np.ones_like(marks[:, :1]), marks], axis=1)[..., None]
+    colours = rng.permuted(np.tile(np.arange(len(COLOURS)), (count, 1)), axis=1)[:, [0, 0, 1, 2, 3]]
+    place = rng.permuted(np.tile(np.arange(side * side), (count, 1)), axis=1)[:, :5]
     cells = rng.normal(0.0, 0.1, (count, side * side, _CELL, _CELL, 3)).astype(np.float32)
-    cells[np.arange(count)[:, None], place] += patch
+    cells[np.arange(count)[:, None], place] += patch * COLOURS[colours][:, :, None, None]
     image = cells.reshape(count, side, side, _CELL, _CELL, 3).swapaxes(2, 3).reshape(count, size, size, 3)
     return image, label.astype(np.int32)
 
@@ -116,7 +131,7 @@ def load_images(
         if data_dir is not None:
             raise UserError("the stand-in is generated and takes no --data-dir; name a set with --data mnist")
         rng = np.random.Generator(np.random.PCG64(seed))
-        parts = {part: paired_patches(rng, count, size=image_size) for part, count in _COUNTS.items()}
+        parts = {part: cued_patches(rng, count, size=image_size) for part, count in _COUNTS.items()}
     elif name in SETS:
         parts = read_images(name, data_dir)
     else:
