@@ -20,7 +20,7 @@ def decoded(image):
     shapes = np.concatenate([np.ones((1, 4, 4)), MARKS])
     known = (shapes[None, ..., None] * COLOURS[:, None, None, None]).reshape(-1, 48)
     for picture in cells:
-        shown = picture[np.abs(picture).mean((1, 2, 3)) > 0.12].reshape(-1, 1, 48)
+        shown = picture[np.abs(picture).mean((1, 2)).max(-1) > 0.2].reshape(-1, 1, 48)
         nearest = np.square(shown - known).sum(-1).argmin(1)
         yield [(int(n) // len(shapes), int(n) % len(shapes) - 1) for n in nearest]
 
