@@ -36,7 +36,6 @@ _ROW, _COLUMN = np.mgrid[:_CELL, :_CELL]
 _EDGE = (_ROW % 3 == 0) | (_COLUMN % 3 == 0)
 MARKS = np.float32([
     _ROW % 2 == 0, _COLUMN % 2 == 0, (_ROW + _COLUMN) % 2 == 0, _EDGE, ~_EDGE, _ROW < 2, _COLUMN < 2, _ROW <= _COLUMN,
-    _ROW + _COLUMN <= 3, (_ROW // 2 + _COLUMN // 2) % 2 == 0,
 ])  # fmt: skip
 
 
@@ -103,7 +102,7 @@ def check_sizes(
 def cued_patches(rng: np.random.Generator, count: int, *, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """(images (N, S, S, 3), classes (N,)): noise of deviation 0.1 with five patches of 4 x 4 pixels, anywhere.
 
-    One is plain; the others have different colours of six, one of them the plain one's, and each one of ten marks. The
+    One is plain; the others have different colours of six, one of them the plain one's, and one of eight marks. The
     class is the mark of the patch that has the plain one's colour: no patch tells it, nor does a linear map of any sum
     over patches, as one must be found by what another shows. After card rpattention, Data, whose class is the colour
     that occurs twice, which such sums do tell.

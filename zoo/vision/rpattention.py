@@ -353,7 +353,7 @@ def picture(batch: Batch, outputs: Any) -> "Figure":
 # --- named configurations: the card's, as the paper's numbers of representatives are unknown --------------------------
 
 _TINY = Config(
-    image_size=32, patch=4, num_classes=10, widths=(48,), depths=(3,), mlp_ratios=(2.0,), representatives=(8,),
+    image_size=32, patch=4, num_classes=8, widths=(48,), depths=(3,), mlp_ratios=(2.0,), representatives=(8,),
     class_token=False,
 )  # fmt: skip
 _PYRAMID = {
@@ -368,8 +368,8 @@ PAPER = Paper(
     example=example,
     configs={
         "tiny": _TINY,
-        "digits": replace(_TINY, image_size=8, patch=2, channels=1),
-        "mnist": replace(_TINY, image_size=28, channels=1),
+        "digits": replace(_TINY, image_size=8, patch=2, channels=1, num_classes=10),
+        "mnist": replace(_TINY, image_size=28, channels=1, num_classes=10),
         "deit_t": Config(),
         "deit_s": Config(widths=(384,), num_heads=(6,), drop_path_rate=0.1),
         "deit_b": Config(widths=(768,), num_heads=(12,), drop_path_rate=0.5),
@@ -381,5 +381,5 @@ PAPER = Paper(
         ),
     },
     # The hosts' own numbers with the card's for each layer: d M + M, 3 C^2 + 3 C and 10 C.
-    parameter_counts={"tiny": 85_906, "deit_t": 7_112_692, "deit_s": 27_457_204, "deit_b": 107_959_348},
+    parameter_counts={"tiny": 85_808, "deit_t": 7_112_692, "deit_s": 27_457_204, "deit_b": 107_959_348},
 )  # fmt: skip
