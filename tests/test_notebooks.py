@@ -21,6 +21,7 @@ def test_runs(path, tmp_path, monkeypatch):
     variables = model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
     zoo.save(tmp_path / "checkpoint", model, variables, layout="hf")
     monkeypatch.setenv("ZOO_CHECKPOINT", str(tmp_path / "checkpoint"))
+    monkeypatch.setenv("ZOO_STEPS", "2")  # of the rooms' models, whose own recipes are measured elsewhere
     notebook = nbformat.read(path, as_version=4)
     assert not [cell for cell in notebook.cells if cell.get("outputs")]
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
