@@ -254,9 +254,11 @@ def picture(batch: Batch, outputs: Any) -> "Figure":
     guess = (logits[..., 0] > 0).astype(int) if logits.shape[-1] == 1 else logits.argmax(axis=-1)
     x = np.asarray(x if x.shape[-1] == 3 else x[..., :1], np.float32)
     if label.ndim == 3:
-        at = int((label > 0).sum(axis=(1, 2)).argmax())
-        maps = [m[min(at * len(m) // len(label), len(m) - 1)] for m in maps]
-        x, label, guess = x[at], label[at], guess[at]
+        seen = [(label > 0).sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+        axis = int(np.argmax([count.max() for count in seen]))
+        at, length = int(seen[axis].argmax()), label.shape[axis]
+        maps = [np.take(m, at * m.shape[axis] // length, axis) for m in maps]
+        x, label, guess = (np.take(v, at, axis) for v in (x, label, guess))
     image = ((x - x.min()) / max(float(np.ptp(x)), 1e-12)).squeeze()
     figure = Figure(figsize=(2.6 * (3 + len(maps)), 3.0), layout="constrained")
     panels = figure.subplots(1, 3 + len(maps))
