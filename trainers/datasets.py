@@ -56,6 +56,9 @@ _LOADERS = {
     "recommendation": Loader("recommendation.load_recommendation", ("history",), sizes=("num_items",)),
     "reconstruction": Loader("telemetry.load_telemetry", ("lookback",)),
     "row_prediction": Loader("relational.load_rows", whole=("tables",)),
+    "segmentation": Loader(
+        "segmentation.load_segmentation", ("image_size", "channels", "num_classes"), own_standin=True
+    ),
     "trajectory_forecasting": Loader(
         "trajectories.load_trajectories", ("lookback", "horizon", "num_agents"), shape=("num_modes",)
     ),

@@ -53,8 +53,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule("state space", r"/(A_log|log_rates|rates)$", ("tensor", None)),
     # Dense, convolutional (..., in, out) and depthwise kernels alike.
     Rule("projection in", r"/kernel$", ("fsdp", "tensor")),
-    # Of norms over several axes.
-    Rule("norm", r"/(scale|bias)$", ()),
+    # Of norms over several axes; skips of several state spaces.
+    Rule("norm", r"/(scale|bias|D)$", ()),
     Rule("table", r"/([^/]*(positions?|pos_embed|tokens?|queries|latents?|codebook|table)[^/]*)$", (None, "fsdp")),
 )
 _WHOLE = Rule("vector", r"", ())

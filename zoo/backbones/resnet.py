@@ -22,7 +22,7 @@ from zoo.backbones.hooks import show
 from zoo.backbones.timm import activation_from_timm, timm_settings
 from zoo.backbones.windows import pooled_pixels
 from zoo.blocks import BatchNorm, Linear, stack
-from zoo.blocks.basic import activation_function
+from zoo.blocks.basic import activation_function, he_normal_out
 from zoo.errors import UserError
 from zoo.paper import Official
 from zoo.weights.table import Table, batch_norm, conv, linear
@@ -130,14 +130,11 @@ class Output(NamedTuple):
     stages: tuple[Float[Array, "B h w C"], ...]  # after each stage; the last are the features that are pooled
 
 
-_CONVOLUTION_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
 def _convolution(channels: int, kernel: int, name: str, *, stride: int = 1, dilation: int = 1, groups: int = 1):
     padding = (stride - 1 + dilation * (kernel - 1)) // 2
     return nn.Conv(
         channels, (kernel, kernel), strides=stride, padding=padding, kernel_dilation=dilation,
-        feature_group_count=groups, use_bias=False, kernel_init=_CONVOLUTION_INIT, name=name,
+        feature_group_count=groups, use_bias=False, kernel_init=he_normal_out, name=name,
     )  # fmt: skip
 
 

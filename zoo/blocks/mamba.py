@@ -28,7 +28,7 @@ class MambaState(NamedTuple):
     hidden: Float[Array, "B *S"]  # (E, N) of Mamba, (H, N, P) of Mamba-2
 
 
-def _step_bias(smallest: float, largest: float, floor: float) -> nn.initializers.Initializer:
+def step_bias_init(smallest: float, largest: float, floor: float) -> nn.initializers.Initializer:
     """softplus(bias) is log-uniform between the two, and at least `floor`."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -39,7 +39,7 @@ def _step_bias(smallest: float, largest: float, floor: float) -> nn.initializers
     return init
 
 
-def _log_rates(key, shape, dtype=jnp.float32):
+def log_rates_init(key, shape, dtype=jnp.float32):
     """A = -(1..N) along the last axis: in every channel of Mamba (the real part of S4D's diagonal), by head in
     Mamba-2."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype)), shape)
@@ -95,10 +95,10 @@ class Mamba(nn.Module):
         maps = jnp.split(maps, (rank, rank + self.state_size), axis=-1)
         if self.norm_epsilon is not None:
             maps = [_normalized(m, self.norm_epsilon) for m in maps]
-        start, bias = torch_uniform(rank), _step_bias(*self.steps)
+        start, bias = torch_uniform(rank), step_bias_init(*self.steps)
         step = Linear(inner, kernel_init=start, bias_init=bias, name="dt_proj")(maps[0])
         step = jax.nn.softplus(step.astype(jnp.float32))
-        log_rates = self.param("A_log", _log_rates, (inner, self.state_size))
+        log_rates = self.param("A_log", log_rates_init, (inner, self.state_size))
         y, hidden = layers.selective_scan(
             x,
             _where(present, step),
@@ -151,10 +151,10 @@ class Mamba2(nn.Module):
         x, window = convolve(x, window, present)
         x = _where(present, x)
         x, input_map, output_map = jnp.split(x, (inner, inner + maps), axis=-1)
-        bias = self.param("dt_bias", _step_bias(*self.steps), (heads,))
+        bias = self.param("dt_bias", step_bias_init(*self.steps), (heads,))
         step = jax.nn.softplus(step.astype(jnp.float32) + bias.astype(jnp.float32))
         step = jnp.clip(step, *self.step_limits)
-        log_rates = self.param("A_log", _log_rates, (heads,))
+        log_rates = self.param("A_log", log_rates_init, (heads,))
         y, hidden = layers.state_space_dual(
             x.reshape(*x.shape[:2], heads, -1),
             _where(present, step),

@@ -5,7 +5,7 @@ A table is an iterable of `Row`s. A row joins one or more official tensors with 
 arrays when the parity tests differentiate through the conversion, hence the array-API style.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = [
     "split_heads",
     "split_rows",
     "squeezed",
+    "stacked",
 ]
 
 
@@ -148,6 +149,23 @@ def _cut(x: Any, ends: list[int], axis: int) -> list[Any]:
 def _join(parts: Any, axis: int) -> Any:
     joined = np.concatenate if all(isinstance(part, np.ndarray) for part in parts) else jnp.concatenate
     return joined(list(parts), axis=axis)
+
+
+def stacked(tables: Sequence[Table]) -> Iterator[Row]:
+    """Alike modules, each with its table of single tensors to the same ones of ours, as one: ours lie behind one
+    another along a new first axis."""
+
+    def joint(rows: tuple[Row, ...]) -> Transform:
+        def together(*parts):
+            return (_join([r.transform.from_official(x)[0][None] for r, x in zip(rows, parts, strict=True)], 0),)
+
+        def apart(x):
+            return tuple(r.transform.to_official(x[i])[0] for i, r in enumerate(rows))
+
+        return Transform(together, apart)
+
+    for rows in zip(*tables, strict=True):
+        yield Row(tuple(r.official[0] for r in rows), rows[0].ours, joint(rows))
 
 
 def linear(official: str, ours: str, *, bias: bool = True) -> Iterator[Row]:
