@@ -22,6 +22,15 @@ SLICE = "v5e:4x4"
 BATCH = 80  # divides among the chips of all slices, and suffices for the five local steps of each of four clients
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """What is asserted does not depend on how long the compiler looks for the fastest program."""
+    before = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", before)
+
+
 def recipe(slug, mesh, **changes):
     return dataclasses.replace(recipe_for(slug), batch_size=BATCH, mesh=mesh, accumulate=1, **changes)
 
