@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 __all__ = ["Flops", "matmul_flops"]
 
@@ -63,11 +64,7 @@ def _equation(eqn: Any, wanted: Sequence[bool]) -> tuple[Flops, list[bool]]:
     if name.startswith("ragged_dot"):
         return Flops(2.0 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]), everything
     if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
-        per_output = math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
-        # The zeros that dilation puts between inputs (gradients of strided convolutions) need no arithmetic.
-        per_output /= math.prod(params["lhs_dilation"])
-        return Flops(2.0 * math.prod(eqn.outvars[0].aval.shape) * per_output), everything
+        return Flops(_convolution(eqn)), everything
     if name == "while":
         inside = _whole(params["body_jaxpr"].jaxpr) + _whole(params["cond_jaxpr"].jaxpr)
         return Flops(inside.count, exact=inside.count == 0), everything
@@ -84,6 +81,19 @@ def _equation(eqn: Any, wanted: Sequence[bool]) -> tuple[Flops, list[bool]]:
     if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars) and len(inner[0].outvars) == len(eqn.outvars):
         return _count(inner[0], wanted)  # a call, such as of a jitted function
     return sum((_whole(j) for j in inner), Flops(0.0)), everything
+
+
+def _convolution(eqn: Any) -> float:
+    """Zeros around inputs, and those that dilation puts between them, need no arithmetic."""
+    (x, kernel), out, params = (v.aval.shape for v in eqn.invars), eqn.outvars[0].aval.shape, eqn.params
+    numbers = params["dimension_numbers"]
+    total = 2.0 * math.prod(out[axis] for axis in numbers.out_spec[:2]) * kernel[numbers.rhs_spec[1]]
+    for i, (low, _) in enumerate(params["padding"]):
+        spread = params["lhs_dilation"][i]
+        taps = np.arange(kernel[numbers.rhs_spec[2 + i]]) * params["rhs_dilation"][i]
+        at = np.arange(out[numbers.out_spec[2 + i]])[:, None] * params["window_strides"][i] + taps - low
+        total *= np.sum((at >= 0) & (at <= (x[numbers.lhs_spec[2 + i]] - 1) * spread) & (at % spread == 0))
+    return float(total)
 
 
 def _jaxprs(value: Any) -> list[Any]:

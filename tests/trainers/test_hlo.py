@@ -175,7 +175,8 @@ def test_padding_needs_no_arithmetic():
     def function(x, w):
         return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
-    assert compiled(function, floats(1, 8, 3), floats(5, 3, 7)).matmul_flops() == 2 * 3 * 7 * (3 + 4 + 5 * 4 + 4 + 3)
+    arguments, expected = (floats(1, 8, 3), floats(5, 3, 7)), 2 * 3 * 7 * (3 + 4 + 5 * 4 + 4 + 3)
+    assert compiled(function, *arguments).matmul_flops() == matmul_flops(function, *arguments).count == expected
 
 
 def test_the_gradient_of_a_strided_convolution_costs_what_the_convolution_does():
@@ -186,6 +187,15 @@ def test_the_gradient_of_a_strided_convolution_costs_what_the_convolution_does()
     once = 2 * 2 * 10 * 3 * 4 * 8
     assert compiled(jax.grad(function, argnums=(0, 1)), *arguments).matmul_flops() == 3 * once
     assert matmul_flops(jax.grad(function, argnums=(0, 1)), *arguments).count == 3 * once
+
+
+def test_the_gradient_of_a_grouped_convolutions_kernel_costs_what_the_convolution_does():
+    def function(w, x):
+        options = {"dimension_numbers": ("NWC", "WIO", "NWC"), "feature_group_count": 6}
+        return jnp.sum(lax.conv_general_dilated(x, w, (1,), "VALID", **options) ** 2)
+
+    once = 2 * 2 * 17 * 5 * 6
+    assert matmul_flops(jax.grad(function), floats(5, 1, 6), floats(2, 21, 6)).count == 2 * once
 
 
 def test_what_is_computed_again_counts_again():

@@ -1,4 +1,10 @@
-"""Representative attention's runs: `zoo train rpattention` (stand-in), and small images, in any host."""
+"""Representative attention's runs: `zoo train rpattention` (stand-in), and small images, in any host.
+
+Measured on two shared CPU cores (AMD EPYC, beside two other jobs), jax 0.10.2, float32, 1,240 steps on the stand-in:
+accuracy 0.822 on test images (each class as often as it is: 0.132); 300 s of CPU time, of which 20 compiled. When it
+begins to look marks up varies from draw to draw of the data, and so does what it comes to. The runs on digits and MNIST
+have not been measured; the paper's numbers are not public.
+"""
 
 from trainers.recipe import Optimizer, Recipe
 
