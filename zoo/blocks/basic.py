@@ -58,9 +58,9 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
 
 
 def flat_draw(draw: Callable, key: jax.Array, shape: Sequence[int], *arguments) -> jax.Array:
-    """`draw(key, shape, ...)`, number by number the same, drawn as one row: over a kernel of five axes XLA's compiler
-    for CPUs takes ten times as long as over a row."""
-    return draw(key, (math.prod(shape),), *arguments).reshape(shape)
+    """`draw(key, shape, ...)`, number by number the same, but kernels of convolutions drawn as one row: over five axes
+    XLA's compiler for CPUs takes ten times as long. Matrices are not, since of a row each device would draw it all."""
+    return draw(key, (math.prod(shape),), *arguments).reshape(shape) if len(shape) > 2 else draw(key, shape, *arguments)
 
 
 def he_normal_out(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
