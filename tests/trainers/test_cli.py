@@ -83,7 +83,7 @@ def test_lists_and_shows(capsys):
     out = capsys.readouterr().out
     assert "https://arxiv.org/abs/2412.18798" in out
     assert "1,269,248" in out
-    assert run("show", "cubit") == 0
+    assert run("show", "gatp") == 0
     assert "planned" in capsys.readouterr().out
 
 
