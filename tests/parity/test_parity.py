@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import zoo
-from tests.parity.harness import Case, find_cases, gradient_tolerance, load_case, mismatches, own_atol
+from tests.parity.harness import Case, find_cases, gradient_tolerance, load_case, mismatches
 from zoo.registry import record
 
 KEPT = Path(__file__).parent / "goldens"
@@ -69,7 +69,3 @@ class TestTheHarnessNotices:
         assert gradient_tolerance({"grad_tol": "with max|diff| <= 2e-4*max|ref| + 1e-6"}) == (2e-4, 1e-6)
         assert gradient_tolerance({"grad_rtol": 1e-3, "atol": 1e-6}) == (1e-3, 1e-6)
         assert gradient_tolerance({"grad_rtol": "1e-3 of max|grad| of each array", "atol": 2e-5}) == (1e-3, 0.0)
-        assert own_atol({"notes": "clipped: compare a, b_c and d with atol 5e-4. Else"}) == dict.fromkeys(
-            ["a", "b_c", "d"], 5e-4
-        )
-        assert own_atol({"notes": "nothing of the kind"}) == {}

@@ -15,6 +15,7 @@ __all__ = [
     "ActivationDropout",
     "BatchNorm",
     "CausalConv",
+    "DepthwiseConv",
     "Dropout",
     "Linear",
     "RMSNorm",
@@ -152,6 +153,26 @@ class CausalConv(nn.Module):
             x, kernel[:, 0], bias=bias, initial_state=state, lengths=lengths, return_state=True
         )
         return activation_function(self.activation)(y), grown if state is None else grown.astype(state.dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution of every channel with a square kernel of its own, zeros around the image.
+
+    As a sum of shifted products, which XLA fuses; its convolutions of many groups are slow on a CPU.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        start = torch_uniform(self.width**2)
+        kernel = self.param("kernel", start, (self.width, self.width, 1, x.shape[-1]))
+        bias = self.param("bias", start, (x.shape[-1],))
+        height, width = x.shape[1:3]
+        room = ((self.width - 1) // 2, self.width // 2)
+        padded = jnp.pad(x, ((0, 0), room, room, (0, 0)))
+        shifts = [(i, j) for i in range(self.width) for j in range(self.width)]
+        return sum(padded[:, i : i + height, j : j + width] * kernel[i, j] for i, j in shifts) + bias
 
 
 class BatchNorm(nn.Module):

@@ -10,31 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import layers
-from zoo.blocks.basic import Linear, torch_uniform
+from zoo.blocks.basic import DepthwiseConv, Linear, torch_uniform
 from zoo.blocks.mamba import log_rates_init, step_bias_init
 from zoo.weights.table import Row, conv, layer_norm, linear, parameter, permute
 
 __all__ = ["SS2D", "ss2d"]
-
-
-class DepthwiseConv(nn.Module):
-    """A convolution of every channel with a square kernel of its own, zeros around the image.
-
-    As a sum of shifted products, which XLA fuses; its convolutions of many groups are slow on a CPU.
-    """
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        start = torch_uniform(self.width**2)
-        kernel = self.param("kernel", start, (self.width, self.width, 1, x.shape[-1]))
-        bias = self.param("bias", start, (x.shape[-1],))
-        height, width = x.shape[1:3]
-        room = ((self.width - 1) // 2, self.width // 2)
-        padded = jnp.pad(x, ((0, 0), room, room, (0, 0)))
-        shifts = [(i, j) for i in range(self.width) for j in range(self.width)]
-        return sum(padded[:, i : i + height, j : j + width] * kernel[i, j] for i, j in shifts) + bias
 
 
 class PerDirection(nn.Module):

@@ -114,12 +114,10 @@ def product_of_patches(
     **options: Any,
 ) -> Float[Array, "B h w F"]:  # fmt: skip
     """Such a convolution with stride 1 and zeros around that keep the size, for `nn.Conv`."""
-    size, (step, _), (batch, height, width, _) = kernel.shape[0], rhs_dilation, x.shape
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    taps = [(step * i, step * j) for i in range(size) for j in range(size)]
-    patches = jnp.concatenate([padded[:, i : i + height, j : j + width] for i, j in taps], axis=-1)
-    y = matmul(patches.reshape(batch * height * width, -1), kernel.reshape(-1, kernel.shape[-1]))
-    return y.reshape(batch, height, width, -1)
+    around = tuple(before for before, _ in padding)
+    patches = layers.unfold(x, kernel.shape[:2], dilation=tuple(rhs_dilation), padding=around)
+    flat = kernel.reshape(-1, kernel.shape[-1])
+    return matmul(patches.reshape(-1, len(flat)), flat).reshape(*x.shape[:-1], -1)
 
 
 class Model(nn.Module):

@@ -28,7 +28,7 @@ from zoo.backbones import pvt_v2, swin, vit
 from zoo.backbones.encoder import LayerConfig, encode, fitting_positions
 from zoo.backbones.hooks import AttentionHook, Layer, plain_attention
 from zoo.blocks import Linear
-from zoo.blocks.basic import torch_uniform
+from zoo.blocks.basic import DepthwiseConv
 from zoo.paper import Paper
 from zoo.tasks import classification
 from zoo.tasks.task import Batch
@@ -96,21 +96,6 @@ class Config:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-class Depthwise(nn.Module):
-    """A convolution of each channel by itself with zeros around, as a sum of shifts: XLA's is slow in loops on CPUs."""
-
-    size: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        start, edge, (_, height, width, channels) = torch_uniform(self.size**2), self.size // 2, x.shape
-        kernel = self.param("kernel", start, (self.size, self.size, 1, channels))
-        bias = self.param("bias", start, (channels,))
-        padded = jnp.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-        taps = ((i, j) for i in range(self.size) for j in range(self.size))
-        return bias + sum(kernel[i, j, 0] * padded[:, i : i + height, j : j + width] for i, j in taps)
-
-
 class RepresentativeAttention(nn.Module):
     """In place of softmax(s q k') v: Gather, Interact, Distribute, and a convolution of the values on their grid.
 
@@ -162,7 +147,7 @@ class RepresentativeAttention(nn.Module):
         """Each channel's 3 x 3 convolution over the places; 0 for the tokens before them."""
         prefix = value.shape[1] - self.grid[0] * self.grid[1]
         places = value[:, prefix:]
-        y = Depthwise(self.config.local_size, name="depthwise")(places.reshape(len(value), *self.grid, -1))
+        y = DepthwiseConv(self.config.local_size, name="depthwise")(places.reshape(len(value), *self.grid, -1))
         return jnp.pad(y.reshape(places.shape), ((0, 0), (prefix, 0), (0, 0), (0, 0)))
 
 
