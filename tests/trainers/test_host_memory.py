@@ -16,7 +16,7 @@ from trainers.host_memory import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 import jax, jax.numpy as jnp
 x, step = jnp.zeros(2**24), jax.jit(lambda x: x + 1)  # 64 MiB: more than glibc ever keeps by itself
-for i in range(20):
+for i in range(50):
     if i == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(step(x))
