@@ -88,11 +88,13 @@ def record_of(model: nn.Module) -> Paper | Backbone:
     """The paper or backbone that a model belongs to."""
     package, _, module = type(model).__module__.rpartition(".")
     if package == "zoo.backbones":
-        names = [e.name for e in backbone_entries() if e.module == module]
-        # Where several architectures share a module, the configuration says which one it is.
-        names = names if len(names) == 1 else [name for name in names if getattr(model.config, "family", None) == name]
-        if names:
-            return backbone(names[0])
+        records = [backbone(e.name) for e in backbone_entries() if e.module == module]
+        records = [record for record in records if type(model) is record.model]
+        # Where several architectures share a class, the configuration says which one it is.
+        if len(records) > 1:
+            records = [record for record in records if record.name == getattr(model.config, "family", None)]
+        if records:
+            return records[0]
     if module not in {e.slug for e in entries()}:
         raise UserError(f"{type(model).__name__} is not a model of the zoo")
     return paper(module)

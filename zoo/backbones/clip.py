@@ -24,6 +24,7 @@ from zoo.backbones.encoder import (
     make_norm,
     pair,
     projections,
+    unit_length,
 )
 from zoo.backbones.hooks import AttentionHook, plain_attention
 from zoo.backbones.naming import activation_from_hub, activation_to_hub
@@ -189,18 +190,14 @@ class Model(nn.Module):
         if input_ids is not None:
             encoder = TextEncoder(c.text, self.attention, "text/", name="text")
             text = encoder(input_ids, attention_mask=attention_mask, positions=positions)
-            text_embeds = _unit(Linear(c.projection_dim, use_bias=False, name="text_projection")(text.pooled))
+            text_embeds = unit_length(Linear(c.projection_dim, use_bias=False, name="text_projection")(text.pooled))
         if images is not None:
             image = ImageEncoder(c.image, self.attention, "image/", c.text.num_layers, name="image")(images)
-            image_embeds = _unit(Linear(c.projection_dim, use_bias=False, name="image_projection")(image.pooled))
+            image_embeds = unit_length(Linear(c.projection_dim, use_bias=False, name="image_projection")(image.pooled))
         if text_embeds is not None and image_embeds is not None:
             scale = self.param("logit_scale", nn.initializers.constant(c.logit_scale), ())
             logits = image_embeds @ text_embeds.T * jnp.exp(scale).astype(text_embeds.dtype)
         return Output(text_embeds, image_embeds, logits, text, image)
-
-
-def _unit(x: Float[Array, "B P"]) -> Float[Array, "B P"]:
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:

@@ -32,6 +32,7 @@ __all__ = [
     "norm_table",
     "pair",
     "projections",
+    "unit_length",
 ]
 
 
@@ -203,6 +204,10 @@ def fitting_positions(
     grid = table[prefix:].reshape(1, *trained, -1)
     grid = layers.resize(grid, wanted, method="cubic", antialias=antialias)
     return jnp.concatenate([table[:prefix], grid.reshape(-1, table.shape[-1])])
+
+
+def unit_length(x: Float[Array, "B P"]) -> Float[Array, "B P"]:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 # --- rows of official tables ---------------------------------------------------------------------------------------
