@@ -6,13 +6,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from zoo.backbone import Backbone
 from zoo.paper import Paper
 from zoo.registry import variable_shapes
 
 __all__ = ["drawn"]
 
 
-def drawn(paper: Paper, model: nn.Module, seed: int = 0) -> Any:
+def drawn(paper: Paper | Backbone, model: nn.Module, seed: int = 0) -> Any:
     """Kernels that keep the scale of what passes through them, norms and decays near their usual beginnings."""
     rng = np.random.default_rng(seed)
 

@@ -11,6 +11,7 @@ import pytest
 
 import layers
 import zoo
+from tests.weights import drawn
 from trainers.data import load_recommendation
 from trainers.feed import epoch_order
 from trainers.loop import prepare
@@ -51,7 +52,7 @@ def spread(variables):
 def setting():
     model = zoo.create("alda4rec", **SMALL)
     batch = PAPER.example(model.config, batch_size=4, key=KEY)
-    return model, batch, spread(jax.jit(model.init)(KEY, batch)), jax.jit(model.apply)
+    return model, batch, spread(drawn(PAPER, model)), jax.jit(model.apply)
 
 
 class TestPropagation:

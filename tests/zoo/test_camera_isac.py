@@ -13,6 +13,7 @@ import pytest
 
 import zoo
 from tests.parity.harness import load_case
+from tests.weights import drawn
 from trainers.data.beam_tracking import load_beam_tracking
 from trainers.feed import epoch_order
 from trainers.loop import prepare
@@ -171,7 +172,7 @@ def test_faults_are_what_they_are_called():
 def test_faults_are_done_while_training_only():
     model = zoo.create("camera_isac", echo_faults=("noise",), echo_fault_rate=1.0, dropout_rate=0.0)
     batch = PAPER.example(model.config, batch_size=3, key=KEY)
-    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
+    variables = drawn(PAPER, model)
     run = jax.jit(
         lambda key, train: model.apply(variables, batch, train=train, rngs={"dropout": key}, mutable=["batch_stats"])[
             0
@@ -186,7 +187,7 @@ def test_faults_are_done_while_training_only():
 def test_frozen_vision_neither_learns_nor_moves_its_statistics():
     model = zoo.create("camera_isac", frozen_vision=True, quantities=("azimuth",))
     batch = PAPER.example(model.config, batch_size=3, key=KEY)
-    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
+    variables = drawn(PAPER, model)
 
     def loss(params):
         state = {**variables, "params": params}

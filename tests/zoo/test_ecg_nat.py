@@ -9,6 +9,7 @@ import pytest
 
 import layers
 import zoo
+from tests.weights import drawn
 from trainers.data.signal_standins import ecg_records
 from trainers.flops import matmul_flops
 from zoo.registry import variable_shapes
@@ -98,7 +99,7 @@ def test_short_sequences_are_padded_only_where_the_official_module_does():
 def pretraining():
     model = zoo.create("ecg_nat", "tiny_pretrain", max_shift=0, channels=2, length=64, **SMALL)
     batch = PAPER.example(model.config, batch_size=2, key=KEY)
-    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
+    variables = drawn(PAPER, model)
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(KEY, len(leaves))
     variables = tree.unflatten([v + 0.1 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])

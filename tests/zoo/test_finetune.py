@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import zoo
+from tests.weights import drawn
 from zoo.backbones.finetune import freeze, lora_apply, lora_init, lora_merge, matching
 from zoo.blocks import Execution, execution
 
@@ -22,7 +23,7 @@ def built(name):
     record = zoo.backbone(name)
     model = zoo.create(record.slug, "tiny")
     example = record.example(model.config, batch_size=2, key=KEY)
-    return model, example, jax.jit(lambda e: record.initialize(model, {"params": KEY}, e))(example)
+    return model, example, drawn(record, model)
 
 
 def trained(adapters):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import zoo
+from tests.weights import drawn
 from zoo.graphs import gelgt
 
 KEY = jax.random.key(5)
@@ -26,8 +27,7 @@ def spread(params, scale):
 def setting():
     model = zoo.create("gelgt", "tiny", **SIZES)
     batch = PAPER.example(model.config, batch_size=2, key=KEY)
-    variables = jax.jit(model.init)(KEY, batch)
-    variables = {k: v for k, v in variables.items() if k != "intermediates"}
+    variables = drawn(PAPER, model)
     variables |= {"params": spread(variables["params"], 0.1)}
     return model, batch, variables, jax.jit(lambda v, b: model.apply(v, b, mutable=["intermediates"]))
 

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import zoo
+from tests.weights import drawn
 from trainers.data.signal_standins import imu_standin
 from zoo.blocks.learners import fit
 from zoo.registry import variable_shapes
@@ -22,7 +23,7 @@ PAPER = zoo.paper("genhar")
 def setting():
     model = zoo.create("genhar", length=32, d_model=16, num_layers=2)
     batch = PAPER.example(model.config, batch_size=3, key=KEY)
-    variables = jax.jit(model.init)(KEY, batch)
+    variables = drawn(PAPER, model)
     leaves, tree = jax.tree.flatten(variables["params"])
     keys = jax.random.split(KEY, len(leaves))
     params = tree.unflatten([v + 0.2 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import zoo
+from tests.weights import drawn
 from trainers.sharding import make_mesh, tree_shardings
 from zoo.backbone import answering
 from zoo.weights.hub import read_folder, save_folder
@@ -27,8 +28,7 @@ NAMES = [e.name for e in zoo.backbones(status="works")]
 def built(name):
     record = zoo.backbone(name)
     model = zoo.create(record.slug, "tiny")
-    example = record.example(model.config, batch_size=1, key=KEY)
-    return model, jax.device_get(jax.jit(lambda e: record.initialize(model, {"params": KEY}, e))(example))
+    return model, jax.device_get(drawn(record, model))
 
 
 @pytest.fixture

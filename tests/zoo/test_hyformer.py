@@ -9,6 +9,7 @@ import pytest
 
 import layers
 import zoo
+from tests.weights import drawn
 from trainers.data.molecules import load_molecules
 from zoo.graphs import hyformer
 from zoo.tasks import molecules
@@ -24,8 +25,7 @@ def setting():
     """A small model with weights large enough to see what they do."""
     model = zoo.create("hyformer", **SMALL)
     batch = PAPER.example(model.config, batch_size=5, key=KEY)
-    start = jax.jit(model.init)(KEY, batch)
-    variables = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(KEY, a.shape), start)
+    variables = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(KEY, a.shape), drawn(PAPER, model))
     return model, batch, variables, jax.jit(model.apply)
 
 

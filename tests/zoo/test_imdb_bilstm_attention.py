@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import zoo
+from tests.weights import drawn
 from trainers.data.texts import load_texts
 from zoo.blocks.learners import fit
 from zoo.language.imdb_bilstm_attention import LSTM, tf_idf
@@ -23,7 +24,7 @@ def setting():
     batch = PAPER.example(model.config, batch_size=4, key=KEY)
     lengths = jnp.array([12, 7, 1, 3])
     batch = batch | {"mask": jnp.arange(12) < lengths[:, None]}
-    variables = jax.jit(model.init)(KEY, batch)
+    variables = drawn(PAPER, model)
     return model, batch, variables, jax.jit(model.apply)
 
 

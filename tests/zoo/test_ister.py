@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import zoo
+from tests.weights import drawn
 
 KEY = jax.random.key(5)
 PAPER = zoo.paper("ister")
@@ -16,7 +17,7 @@ PAPER = zoo.paper("ister")
 def setting():
     model = zoo.create("ister", "tiny", num_layers=2)
     batch = PAPER.example(model.config, batch_size=2, key=KEY)
-    leaves, tree = jax.tree.flatten(model.init(KEY, batch)["params"])
+    leaves, tree = jax.tree.flatten(drawn(PAPER, model)["params"])
     keys = jax.random.split(KEY, len(leaves))
     params = tree.unflatten([v + 0.2 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
     return model, batch, {"params": params}, jax.jit(model.apply)

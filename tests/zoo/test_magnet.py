@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import zoo
+from tests.weights import drawn
 from trainers.data.cohorts import load_cohort
 from zoo.graphs import magnet
 from zoo.tasks import patient_classification as task
@@ -20,7 +21,7 @@ close = chex.assert_trees_all_close
 def setting():
     model = zoo.create("magnet", "tiny")
     batch = PAPER.example(model.config, batch_size=2, key=KEY)
-    leaves, tree = jax.tree.flatten(jax.jit(model.init)(KEY, batch)["params"])
+    leaves, tree = jax.tree.flatten(drawn(PAPER, model)["params"])
     keys = jax.random.split(KEY, len(leaves))
     params = tree.unflatten([v + 0.1 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
     return model, batch, {"params": params}, jax.jit(model.apply)

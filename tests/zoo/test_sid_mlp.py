@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import zoo
+from tests.weights import drawn
 from trainers.feed import epoch_order
 from trainers.loop import prepare
 from trainers.recipe import recipe_for
@@ -42,7 +43,7 @@ def setting():
     model = zoo.create("sid_mlp", encoder="given", num_items=30, beam_size=40, top=30)
     batch = PAPER.example(model.config, batch_size=3, key=KEY)
     batch["encoded_present"] = jnp.arange(8) < jnp.array([[8], [5], [1]])
-    variables = spread(jax.jit(model.init)(KEY, batch))
+    variables = spread(drawn(PAPER, model))
     rng = np.random.default_rng(0)
     ids = np.unique(np.concatenate([rng.integers(0, 3, (80, 3)), rng.integers(1, 3, (80, 1))], axis=1), axis=0)
     ids = rng.permutation(ids)[:30].astype(np.int32)
@@ -123,7 +124,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(setting):
 def test_the_student_leaves_teacher_and_tokens_alone():
     model = zoo.create("sid_mlp", encoder="mlp")
     batch = PAPER.example(model.config, batch_size=2, key=KEY)
-    variables = spread(jax.jit(model.init)(KEY, batch))
+    variables = spread(drawn(PAPER, model))
 
     def gradients(name):
         def total(params):

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 import zoo
 from tests.splits import Rows
+from tests.weights import drawn
 from trainers.recipe import named_recipes
 from trainers.sharding import make_mesh
 from trainers.step import make_program
@@ -25,14 +26,51 @@ BATCH = 8
 pytestmark = pytest.mark.parametrize("slug", SLUGS)
 
 
+# Rounding decides what drawn weights make of these: which way a rectifier falls, how far apart two close points are.
+DELICATE = {"baikal_gvd", "hyperpose", "sid_mlp"}
+
+
 @functools.cache
 def built(slug):
     """(paper, model, batch, variables, jitted apply) of the tiny config, compiled once for all tests."""
     paper = zoo.paper(slug)
     model = zoo.create(slug, "tiny")
     batch = paper.example(model.config, batch_size=BATCH, key=KEY)
-    variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
-    return paper, model, batch, {k: v for k, v in variables.items() if k != "intermediates"}, jax.jit(model.apply)
+    if slug in DELICATE:
+        variables = jax.jit(model.init)({"params": KEY, "dropout": KEY}, batch)
+        variables = {k: v for k, v in variables.items() if k != "intermediates"}
+    else:  # compiling the initialisers would take longer than all the rest
+        variables = drawn(paper, model)
+    return paper, model, batch, variables, jax.jit(model.apply)
+
+
+def training(slug, mesh_spec, devices):
+    """(program, i -> what its step gives from a state after i steps): gradient descent on one batch."""
+    paper, model, batch, _, _ = built(slug)
+    mesh = make_mesh(mesh_spec, batch_size=BATCH, devices=jax.devices()[:devices])
+    optimizer = optax.sgd(0.02, momentum=0.9)
+    program = make_program(paper, model, optimizer, mesh, seed=0, batch_size=BATCH, max_steps=3, eval_batch_size=BATCH)
+    order = np.tile(np.arange(BATCH, dtype=np.int32), 3)
+
+    def step(state, i):
+        state, history = program.run(jax.device_put(state, program.state_shardings), Rows(batch), order, i, 1)
+        return jax.device_get((state, history["loss"][0]))
+
+    return program, step
+
+
+@functools.cache
+def trained(slug):
+    """The states before and after each of three steps, and the losses; momentum adds up the gradients."""
+    variables = built(slug)[3]
+    program, step = training(slug, "data=1", 1)
+    params, collections = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    states, losses = [jax.device_get(program.begin(params, collections))], []
+    for i in range(3):
+        state, loss = step(states[-1], i)
+        states.append(state)
+        losses.append(loss)
+    return states, losses
 
 
 def test_forward_is_finite_and_fits_the_targets(slug):
@@ -45,23 +83,11 @@ def test_forward_is_finite_and_fits_the_targets(slug):
 
 
 def test_every_parameter_has_a_finite_gradient_that_is_not_zero(slug):
-    paper, model, batch, variables, _ = built(slug)
-    others = {k: v for k, v in variables.items() if k != "params"}
-    # Constant and zero initial values can hide a path: gradients are taken at random parameters.
-    leaves, tree = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(KEY, len(leaves))
-    params = tree.unflatten([0.3 * jax.random.normal(k, v.shape) + v for k, v in zip(keys, leaves, strict=True)])
-
-    def loss(params):
-        outputs = model.apply(
-            {"params": params, **others}, batch, train=True, rngs={"dropout": KEY}, mutable=list(others)
-        )
-        return paper.compute_loss(outputs[0], batch)[0]
-
-    gradients = jax.jit(jax.grad(loss))(params)
-    chex.assert_tree_all_finite(gradients)
+    states, losses = trained(slug)
+    gradients = optax.tree.get(states[-1].opt_state, "trace")
+    chex.assert_tree_all_finite((gradients, losses))
     dead = {path for path, gradient in flatten_dict(gradients, sep="/").items() if not np.any(gradient)}
-    assert dead == set(paper.inert)
+    assert dead == set(zoo.paper(slug).inert)
 
 
 def test_a_batch_of_one_is_a_slice_of_the_batch(slug):
@@ -133,21 +159,12 @@ def test_eager_as_an_nnx_module_it_equals_the_jitted_linen_one(slug):
     chex.assert_trees_all_close(apply(variables, batch), eager, atol=1e-5, rtol=1e-5)
 
 
-def test_eight_devices_compute_the_step_of_one(slug):
-    paper, model, batch, variables, _ = built(slug)
-    collections = {k: v for k, v in variables.items() if k != "params"}
-
-    def three_steps(mesh_spec, devices):
-        mesh = make_mesh(mesh_spec, batch_size=BATCH, devices=devices)
-        program = make_program(
-            paper, model, optax.sgd(0.05), mesh, seed=0, batch_size=BATCH, max_steps=3, eval_batch_size=BATCH
-        )
-        order = jnp.tile(jnp.arange(BATCH, dtype=jnp.int32), 3)
-        state, history = program.run(program.begin(variables["params"], collections), Rows(batch), order, 0, 3)
-        return jax.device_get(state.params), jax.device_get(history["loss"])
-
-    params, losses = three_steps("data=1", jax.devices()[:1])
-    sharded_params, sharded_losses = three_steps("data=2,fsdp=2,tensor=2", jax.devices()[:8])
-    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(sharded_params, params, atol=1e-4)
+def test_eight_devices_compute_the_steps_of_one(slug):
+    states, losses = trained(slug)
+    _, step = training(slug, "data=2,fsdp=2,tensor=2", 8)
+    # Each from the state that one device was in: what rounding makes of several steps is no fault.
+    for i in range(3):
+        state, loss = step(states[i], i)
+        np.testing.assert_allclose(loss, losses[i], rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(state.params, states[i + 1].params, atol=1e-4)
     assert losses[2] != losses[0]
