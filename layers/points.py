@@ -1,4 +1,4 @@
-"""Point sets: sampling, neighbours, grouping, Chamfer distance, local frames and similarity alignment.
+"""Point sets: sampling, neighbours, grouping, Chamfer distance, evenness, local frames and similarity alignment.
 
 Masks are True where a point is present. Distances are computed in float32 as sums of squared differences.
 """
@@ -14,6 +14,7 @@ __all__ = [
     "ball_query",
     "chamfer_distance",
     "edge_features",
+    "expansion_penalty",
     "farthest_point_sampling",
     "gather_points",
     "inverse_distance_interpolation",
@@ -101,6 +102,28 @@ def _in_chunks(function, query: Array, chunk: int, *more: Array):
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :count], outputs)
 
 
+def _smallest(values: Array, count: int) -> tuple[Array, Array]:
+    """The `count` smallest of the last axis by rising value, ties to the lower index: (values, index)."""
+
+    def one_by_one(values):
+        def take(rest, _):
+            index = jnp.argmin(rest, axis=-1)
+            chosen = jnp.arange(rest.shape[-1]) == index[..., None]
+            return jnp.where(chosen, jnp.inf, rest), (jnp.min(rest, axis=-1), index)
+
+        least, index = jax.lax.scan(take, values, length=count)[1]
+        return jnp.moveaxis(least, 0, -1), jnp.moveaxis(index, 0, -1)
+
+    def at_once(values):
+        top, index = jax.lax.top_k(-values, count)
+        return -top, index
+
+    # XLA's top_k sorts whole rows on a CPU, twenty times as long for a handful.
+    if count == 1:
+        return one_by_one(values)
+    return jax.lax.platform_dependent(values, cpu=one_by_one if count <= 32 else at_once, default=at_once)
+
+
 def _positions(query: Array) -> Array:
     return jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
 
@@ -133,8 +156,8 @@ def nearest_points(
         allowed = present[:, None]
         if exclude_self:
             allowed = allowed & (position[..., None] != jnp.arange(available))
-        top, index = jax.lax.top_k(-jnp.where(allowed, square, jnp.inf), neighbors)
-        found = top > -jnp.inf
+        least, index = _smallest(jnp.where(allowed, square, jnp.inf), neighbors)
+        found = least < jnp.inf
         return jnp.where(found, index, jnp.where(found[..., :1], index[..., :1], 0)), found
 
     wide = _wide(query)
@@ -250,6 +273,70 @@ def chamfer_distance(
     # inf marks a point without a partner, and has to stay.
     roots = [jnp.where(square < jnp.inf, _root(jnp.where(square < jnp.inf, square, 0)), jnp.inf) for square, _ in sides]
     return sum(_masked_mean(root, mask) for root, (_, mask) in zip(roots, sides, strict=True)) / 2
+
+
+def _spanning_tree(square: Array) -> Array:
+    """Adjacency (n, n) of the tree of least length, from squared distances (Prim's, grown from point 0)."""
+    count = square.shape[0]
+
+    def add(carry, _):
+        distance, anchor, inside = carry
+        best = jnp.argmin(jnp.where(inside, jnp.inf, distance))
+        inside = inside.at[best].set(True)
+        closer = ~inside & (square[best] < distance)
+        return (jnp.where(closer, square[best], distance), jnp.where(closer, best, anchor), inside), None
+
+    start = square[0], jnp.zeros(count, jnp.int32), jnp.arange(count) == 0
+    anchor = jax.lax.scan(add, start, length=count - 1)[0][1]
+    edges = (anchor[:, None] == jnp.arange(count)) & (jnp.arange(count) > 0)[:, None]
+    return edges | edges.T
+
+
+def _peel(adjacency: Array) -> Array:
+    """(n,): on whom each point hangs as leaves are taken off in rounds, and -1 for the one that is left."""
+    place = jnp.arange(adjacency.shape[0])
+
+    def peel(carry):
+        adjacency, holder, rounds = carry
+        neighbour = jnp.argmax(adjacency, axis=1)
+        leaf = jnp.sum(adjacency, axis=1) == 1
+        # Of the last edge both ends are leaves: the second one goes.
+        leaf = leaf & ~(leaf[neighbour] & (place < neighbour))
+        return adjacency & ~leaf[:, None] & ~leaf, jnp.where(leaf, neighbour, holder), rounds + 1
+
+    # A tree is gone after half as many rounds as it has points; what NaNs make is none.
+    start = adjacency, jnp.full(place.shape, -1), 0
+    going = lambda carry: jnp.any(carry[0]) & (carry[2] <= place.size // 2)  # noqa: E731
+    return jax.lax.while_loop(going, peel, start)[1]
+
+
+@partial(jax.jit, static_argnames=("block", "slope"))
+def expansion_penalty(
+    points: Float[Array, "B N D"], factor: Float[Array, ""] | float, *, block: int, slope: str = "length"
+) -> Float[Array, "B N"]:
+    """e_i = |x_i - x_h(i)| where that exceeds `factor` times the mean edge of i's spanning tree, else 0.
+
+    Each `block` consecutive points have a minimum spanning tree of their own, from which leaves are taken off in
+    rounds; h(i) is what i hung on then, so that every edge counts once. Only x_i gets a gradient: that of the "length",
+    or, as the released kernel's, that of its "square", which is less for short edges. Float32. O(N block D).
+    Source: arXiv:1912.00280 (MSN), section 3.2; card mamba_complete_3d, Training.
+    """
+    batch, total, width = points.shape
+    if block < 2 or total % block:
+        raise ValueError(f"expansion_penalty: {total} points are not cut into blocks of {block}")
+    if slope not in ("length", "square"):
+        raise ValueError(f"expansion_penalty: slope {slope!r} is not one of length, square")
+    wide = _wide(points).reshape(-1, block, width)
+    fixed = jax.lax.stop_gradient(wide)
+    holder = jax.vmap(lambda x: _peel(_spanning_tree(_square(x[:, None], x[None]))))(fixed)
+    hangs = holder >= 0
+    square = jnp.where(hangs, _square(wide, gather_points(fixed, jnp.maximum(holder, 0))), 0.0)
+    length = _root(square)
+    mean = jax.lax.stop_gradient(jnp.sum(length, axis=1, keepdims=True)) / (block - 1)
+    if slope == "square":
+        length = jax.lax.stop_gradient(length) + square - jax.lax.stop_gradient(square)
+    penalty = jnp.where(length > factor * mean, length, 0.0)
+    return penalty.reshape(batch, total).astype(points.dtype)
 
 
 def _reciprocal(x: Array, scale: Array) -> Array:

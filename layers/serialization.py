@@ -1,5 +1,7 @@
 """Point clouds as sequences: attention in patches of consecutive points along a curve, and pooling by their codes.
 
+Also convolution among the points alone, by a table of who is where.
+
 Clouds are rows of a padded batch; orders come from `layers.curves.sort_by_code` or from learned scores. Padding is at
 the end of every order.
 """
@@ -9,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from layers.curves import sort_by_code
@@ -22,7 +25,9 @@ __all__ = [
     "pool_clusters",
     "serialized_attention",
     "serialized_patches",
+    "submanifold_convolution",
     "unpool_clusters",
+    "voxel_neighbors",
 ]
 
 
@@ -164,3 +169,102 @@ def unpool_clusters(x: Float[Array, "B S C"], clusters: CodeClusters) -> Float[A
     """
     copies = jnp.take_along_axis(x, jnp.maximum(clusters.index, 0)[..., None], axis=1)
     return jnp.where((clusters.index >= 0)[..., None], copies, 0)
+
+
+@partial(jax.jit, static_argnames=("kernel_size", "depth"))
+def voxel_neighbors(
+    cells: Int[Array, "B L 3"], present: Bool[Array, "B L"] | None = None, *, kernel_size: int, depth: int
+) -> Int[Array, "B L K"]:
+    """The point in the cell at each of the K = `kernel_size`^3 offsets of a cell, and -1 where there is none.
+
+    Offsets run from -(k - 1) / 2 to (k - 1) / 2, the last axis fastest. A cell holds at most one point, its
+    coordinates are in 0 .. 2^`depth` - 1. O(L K log L). Source: card optnet, Model ("For JAX: ... SubMConv").
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"voxel_neighbors: kernel_size {kernel_size} is not odd, so it has no centre")
+    if not 1 <= depth <= 10:
+        raise ValueError(f"voxel_neighbors: depth {depth} is not in 1..10, what 3 axes fit in 32 bits")
+    length = cells.shape[1]
+    present = jnp.ones(cells.shape[:2], bool) if present is None else present
+    reach = kernel_size // 2
+    offsets = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    weights = np.array([1 << 2 * depth, 1 << depth, 1])
+
+    def number(places):
+        inside = jnp.all((places >= 0) & (places < 1 << depth), axis=-1)
+        return jnp.where(inside, jnp.sum(places * weights, axis=-1), 1 << 3 * depth)
+
+    def find(cells, present):
+        own = jnp.where(present, number(cells), (1 << 3 * depth) + 1)
+        order = jnp.argsort(own)
+        sought = number(cells[:, None] + offsets)
+        place = jnp.minimum(jnp.searchsorted(own[order], sought), length - 1)
+        return jnp.where((own[order][place] == sought) & present[:, None], order[place], -1)
+
+    return jax.vmap(find)(cells, present)
+
+
+def _around(x, neighbors):
+    """(B, L, K, C): features at the neighbours, 0 where there is none."""
+    batch, length, count = neighbors.shape
+    index = jnp.maximum(neighbors, 0).reshape(batch, length * count, 1)
+    found = jnp.take_along_axis(x, index, axis=1).reshape(batch, length, count, x.shape[-1])
+    return jnp.where((neighbors >= 0)[..., None], found, 0)
+
+
+def _products(x, kernel, neighbors):
+    batch, length, count = neighbors.shape
+    rows = _around(x, neighbors).reshape(batch * length, count * x.shape[-1])
+    return rows, (rows @ kernel.reshape(-1, kernel.shape[-1])).reshape(batch, length, -1)
+
+
+@jax.custom_vjp
+def _convolve(x, kernel, neighbors):
+    return _products(x, kernel, neighbors)[1]
+
+
+def _convolve_forward(x, kernel, neighbors):
+    return _convolve(x, kernel, neighbors), (x, kernel, neighbors)
+
+
+def _convolve_backward(saved, dy):
+    """Who is at offset k of a point has the point at -k: the slope is a convolution too, and needs no scattering."""
+    x, kernel, neighbors = saved
+    rows, _ = _products(x, kernel, neighbors)
+    dkernel = (rows.T @ dy.reshape(-1, dy.shape[-1])).reshape(kernel.shape)
+    back = jnp.swapaxes(kernel, 1, 2)
+    return _products(dy, back, neighbors[..., ::-1])[1], dkernel, None
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+@partial(jax.jit, static_argnames=("implementation",))
+def submanifold_convolution(
+    x: Float[Array, "B L C"],
+    kernel: Float[Array, "*k C F"],
+    neighbors: Int[Array, "B L K"],
+    *,
+    bias: Float[Array, " F"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L F"]:
+    """y_i = sum_k W_k^T x_n(i, k) + bias over the points n(i, k) of a `voxel_neighbors` table; its shape is W's first.
+
+    Points stay where they are and none come into being, unlike a dense convolution. "gather" (the default) has a
+    backward pass that gathers too and relies on the table's symmetry; "reference" adds offset by offset.
+    O(L K C F), memory O(L K C). Source: arXiv:1706.01307 (submanifold sparse convolution); card optnet, Model.
+    """
+    kernel = kernel.reshape(-1, *kernel.shape[-2:])
+    if kernel.shape[0] != neighbors.shape[-1]:
+        raise ValueError(
+            f"submanifold_convolution: {kernel.shape[0]} offsets of the kernel are not the {neighbors.shape[-1]} of "
+            "the neighbours"
+        )
+    if implementation not in (None, "gather", "reference"):
+        raise ValueError(f"submanifold_convolution: implementation {implementation!r} is not gather or reference")
+    if implementation == "reference":
+        around = _around(x, neighbors)
+        y = sum(around[:, :, k] @ kernel[k] for k in range(kernel.shape[0]))
+    else:
+        y = _convolve(x, kernel, neighbors)
+    return y if bias is None else y + bias

@@ -320,3 +320,64 @@ def test_every_function_under_jit_vmap_eval_shape_and_bfloat16(name):
     widened = [a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in low]
     for ours, wide in zip(jax.tree.leaves(function(*low)), jax.tree.leaves(function(*widened)), strict=True):
         close(ours.astype(jnp.float32), wide.astype(jnp.float32), atol=0.03, rtol=0.02)
+
+
+# ---- evenness --------------------------------------------------------------------------------------------------------
+
+
+def tree_of(x):
+    """(edges, lengths) of the minimum spanning tree, by Kruskal's rule."""
+    distance = np.sqrt(squares(x, x))
+    pairs = sorted((distance[i, j], i, j) for i in range(len(x)) for j in range(i))
+    group, edges = list(range(len(x))), []
+    for length, i, j in pairs:
+        if group[i] != group[j]:
+            edges.append((i, j, length))
+            group = [group[i] if g == group[j] else g for g in group]
+    return edges
+
+
+def penalties(x, factor):
+    """(sum of all penalties, on whom each point hangs) of one block."""
+    edges, holder = tree_of(x), {}
+    mean = np.mean([e[2] for e in edges])
+    left = {(i, j): length for i, j, length in edges}
+    while left:
+        degree = np.bincount(np.array(list(left)).ravel(), minlength=len(x))
+        for i, j in list(left):
+            leaf = max((k for k in (i, j) if degree[k] == 1), default=None)
+            if leaf is not None:
+                holder[leaf] = (j if leaf == i else i, left.pop((i, j)))
+    return {k: (h, length if length > factor * mean else 0.0) for k, (h, length) in holder.items()}
+
+
+@pytest.mark.parametrize("slope", ["length", "square"])
+def test_expansion_is_that_of_spanning_trees_and_moves_leaves_alone(slope):
+    cloud = normal(KEYS[9], (2, 32, 3))
+    ours = points.expansion_penalty(cloud, 1.1, block=16, slope=slope)
+    slopes = jax.grad(lambda x: jnp.sum(points.expansion_penalty(x, 1.1, block=16, slope=slope)))(cloud)
+    for b, part in np.ndindex(2, 2):
+        rows = slice(16 * part, 16 * part + 16)
+        x = exact(cloud[b, rows])
+        expected, moved = np.zeros(16), np.zeros((16, 3))
+        for leaf, (holder, penalty) in penalties(x, 1.1).items():
+            expected[leaf] = penalty
+            away = x[leaf] - x[holder]
+            moved[leaf] = (penalty > 0) * away * (2.0 if slope == "square" else 1 / np.linalg.norm(away))
+        close(ours[b, rows], expected.astype(np.float32))
+        close(slopes[b, rows], moved.astype(np.float32))
+    assert 0 < int(jnp.sum(ours == 0)) < 64
+
+
+def test_an_even_line_does_not_expand_and_blocks_have_to_fit():
+    line = jnp.arange(8.0)[None, :, None] * jnp.array([1.0, 2.0, -1.0])
+    assert not jnp.any(points.expansion_penalty(line, 1.01, block=8))
+    assert float(jnp.sum(points.expansion_penalty(line, 0.99, block=8))) == pytest.approx(7 * 6**0.5, rel=1e-5)
+    together = jnp.zeros((1, 8, 3))
+    chex.assert_tree_all_finite(jax.grad(lambda x: jnp.sum(points.expansion_penalty(x, 0.5, block=4)))(together))
+    low = points.expansion_penalty(line.astype(jnp.bfloat16), 0.5, block=4)
+    assert low.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="8 points are not cut into blocks of 3"):
+        points.expansion_penalty(line, 1.0, block=3)
+    with pytest.raises(ValueError, match="slope 'cube' is not one of length, square"):
+        points.expansion_penalty(line, 1.0, block=4, slope="cube")

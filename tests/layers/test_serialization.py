@@ -265,3 +265,63 @@ def test_pooling_under_vmap_and_eager():
         serialization.pool_clusters(x, serialization.cluster_by_code(codes, bits=1), reduction="median")
     with pytest.raises(ValueError, match=r"bits 33 is not in 0\.\.32"):
         serialization.cluster_by_code(codes, bits=33)
+
+
+# ---- convolution among points ----------------------------------------------------------------------------------------
+
+
+def scattered(batch, count, side):
+    rng = np.random.default_rng(7)
+    numbers = np.stack([rng.permutation(side**3)[:count] for _ in range(batch)])
+    return jnp.asarray(np.stack(np.unravel_index(numbers, (side,) * 3), axis=-1).astype(np.int32))
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_convolution_among_points_is_a_dense_one_read_where_they_are(size):
+    cells, present = scattered(2, 40, 5), jnp.arange(40)[None] < jnp.array([[40], [23]])
+    keys = jax.random.split(jax.random.key(2), 4)
+    x, kernel = jax.random.normal(keys[0], (2, 40, 3)), jax.random.normal(keys[1], (size,) * 3 + (3, 4))
+    bias, weight = jax.random.normal(keys[2], (4,)), jax.random.normal(keys[3], (2, 40, 4)) * present[..., None]
+    neighbors = serialization.voxel_neighbors(cells, present, kernel_size=size, depth=3)
+    rows, places = jnp.arange(2)[:, None], tuple(jnp.moveaxis(cells, -1, 0))
+
+    def dense(x, kernel, bias):
+        volume = jnp.zeros((2, 5, 5, 5, 3)).at[(rows, *places)].add(jnp.where(present[..., None], x, 0))
+        y = jax.lax.conv_general_dilated(
+            volume, kernel, (1, 1, 1), "SAME", dimension_numbers=("NXYZC", "XYZIO", "NXYZC"), precision="highest"
+        )
+        return jnp.sum((y[(rows, *places)] + bias) * weight)
+
+    def sparse(x, kernel, bias, implementation=None):
+        y = serialization.submanifold_convolution(x, kernel, neighbors, bias=bias, implementation=implementation)
+        return jnp.sum(y * weight)
+
+    expected = jax.value_and_grad(dense, argnums=(0, 1, 2))(x, kernel, bias)
+    for implementation in (None, "reference"):
+        found = jax.value_and_grad(partial(sparse, implementation=implementation), argnums=(0, 1, 2))(x, kernel, bias)
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_are_symmetric_and_absent_points_have_none():
+    cells, present = scattered(1, 60, 6), jnp.arange(60)[None] < 41
+    table = np.asarray(serialization.voxel_neighbors(cells, present, kernel_size=3, depth=3))[0]
+    assert np.all(table[41:] == -1)
+    assert table.max() < 41
+    np.testing.assert_array_equal(table[:41, 13], np.arange(41))  # the middle is oneself
+    for i, k in np.argwhere(table >= 0):
+        assert table[table[i, k], 26 - k] == i
+    full = serialization.voxel_neighbors(cells[:, :1], kernel_size=1, depth=10)
+    assert full.tolist() == [[[0]]]
+
+
+def test_what_is_no_neighbourhood():
+    cells = jnp.zeros((1, 2, 3), jnp.int32)
+    with pytest.raises(ValueError, match="kernel_size 4 is not odd"):
+        serialization.voxel_neighbors(cells, kernel_size=4, depth=3)
+    with pytest.raises(ValueError, match=r"depth 11 is not in 1\.\.10"):
+        serialization.voxel_neighbors(cells, kernel_size=3, depth=11)
+    table = serialization.voxel_neighbors(cells, kernel_size=1, depth=3)
+    with pytest.raises(ValueError, match="27 offsets of the kernel are not the 1 of the neighbours"):
+        serialization.submanifold_convolution(jnp.zeros((1, 2, 3)), jnp.zeros((3, 3, 3, 3, 2)), table)
+    with pytest.raises(ValueError, match="implementation 'fast' is not gather or reference"):
+        serialization.submanifold_convolution(jnp.zeros((1, 2, 3)), jnp.zeros((1, 3, 2)), table, implementation="fast")

@@ -323,3 +323,28 @@ def test_every_function_under_jit_vmap_eval_shape_and_bfloat16(name):
     half, wide = function(*low), function(*(a.astype(jnp.float32) for a in low))
     for ours, full in zip(jax.tree.leaves(half), jax.tree.leaves(wide), strict=True):
         close(ours.astype(jnp.float32), full.astype(jnp.float32), atol=0.02, rtol=0.02)
+
+
+def test_tiles_are_those_that_the_square_around_a_gaussian_meets():
+    rng = np.random.default_rng(5)
+    center = rng.uniform(-20, 90, (30, 2))
+    root = rng.normal(size=(30, 2, 2)) * 2
+    covariance = root @ root.transpose(0, 2, 1) + 0.3 * np.eye(2)
+    arrays = [jnp.asarray(v, jnp.float32) for v in (center, covariance)]
+    bounds, radius = splatting.gaussian_tiles(*arrays, (40, 70))
+    for box, r, middle, matrix in zip(np.asarray(bounds), np.asarray(radius), center, covariance, strict=True):
+        assert abs(r - 3 * np.sqrt(np.linalg.eigvalsh(matrix)[-1])) < 1.01 + 0.5
+        for axis, tiles in enumerate((5, 3)):
+            met = [k for k in range(tiles) if 16 * k + 1 < middle[axis] + r and 16 * (k + 1) > middle[axis] - r]
+            low, high = box[axis], box[2 + axis]
+            assert set(met) <= set(range(low // 16, high // 16))
+            assert high - low <= 16 * (len(met) + 1)
+
+
+def test_nothing_is_drawn_out_of_bounds():
+    center, flat = jnp.array([[8.0, 8.0]]), jnp.eye(2)[None] * 20
+    arguments = (center, flat, jnp.ones(1), jnp.ones(1), jnp.ones((1, 2)), (16, 16))
+    everywhere = splatting.composite_gaussians(*arguments)[0]
+    cut = splatting.composite_gaussians(*arguments, bounds=jnp.array([[4, 6, 10, 12]]))[0]
+    inside = jnp.zeros((16, 16), bool).at[6:12, 4:10].set(True)[..., None]
+    chex.assert_trees_all_close(cut, jnp.where(inside, everywhere, 0.0))

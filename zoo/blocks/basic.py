@@ -138,13 +138,14 @@ class CausalConv(nn.Module):
     width: int  # taps
     activation: str = "silu"
     use_bias: bool = True
+    kernel_init: nn.initializers.Initializer | None = None  # None: torch's
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B L D"], state: Float[Array, "B P D"] | None, present: Bool[Array, "B L"] | None = None
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B P D"]]:
         start, lengths = torch_uniform(self.width), None
-        kernel = self.param("kernel", start, (self.width, 1, x.shape[-1]))
+        kernel = self.param("kernel", self.kernel_init or start, (self.width, 1, x.shape[-1]))
         bias = self.param("bias", start, (x.shape[-1],)) if self.use_bias else None
         if present is not None:
             x = jnp.where(present[..., None], x, 0)
@@ -179,7 +180,8 @@ class BatchNorm(nn.Module):
     """torch.nn.BatchNorm over all axes but the last: scale (x - mean) / sqrt(var + epsilon) + bias in float32.
 
     Training normalises by the batch and moves the running statistics of `batch_stats` a share `momentum` towards it,
-    its variance unbiased there; otherwise the running ones serve. `count` is the number of such moves.
+    its variance unbiased there; otherwise the running ones serve. `count` is the number of such moves. Where `present`
+    is False, x does not count.
     """
 
     epsilon: float = 1e-5
@@ -187,7 +189,9 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B C"], *, train: bool) -> Float[Array, "*B C"]:
+    def __call__(
+        self, x: Float[Array, "*B C"], *, train: bool, present: Bool[Array, "*B"] | None = None
+    ) -> Float[Array, "*B C"]:
         size = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, size)
         var = self.variable("batch_stats", "var", jnp.ones, size)
@@ -199,10 +203,17 @@ class BatchNorm(nn.Module):
             center, spread = mean.value, var.value
         else:
             axes = tuple(range(x.ndim - 1))
-            center, spread = jnp.mean(wide, axis=axes), jnp.var(wide, axis=axes)
-            number = x.size // x.shape[-1]
+            if present is None:
+                center, spread = jnp.mean(wide, axis=axes), jnp.var(wide, axis=axes)
+                number = x.size // x.shape[-1]
+                correction = number / max(number - 1, 1)
+            else:
+                number, where = jnp.maximum(jnp.sum(present), 1), present[..., None]
+                correction = number / jnp.maximum(number - 1, 1)
+                center = jnp.sum(wide, axis=axes, where=where) / number
+                spread = jnp.sum(jnp.square(wide - center), axis=axes, where=where) / number
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
-                unbiased = spread * (number / max(number - 1, 1))
+                unbiased = spread * correction
                 mean.value += self.momentum * (center - mean.value)
                 var.value += self.momentum * (unbiased - var.value)
                 count.value += 1

@@ -7,6 +7,7 @@ at the end leaves no trace in the state.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -72,6 +73,8 @@ class Mamba(nn.Module):
     conv_bias: bool = True
     activation: str = "silu"  # after the convolution and of the gate
     norm_epsilon: float | None = None  # d, B and C pass RMS norms without a scale (Falcon Mamba); None: they do not
+    kernel_init: nn.initializers.Initializer | None = None  # of all projections, W_dt's bias then 0; None: Mamba's own
+    conv_init: nn.initializers.Initializer | None = None  # of the convolution's taps; None: torch's
 
     @nn.compact
     def __call__(
@@ -86,16 +89,18 @@ class Mamba(nn.Module):
         inner = self.inner_size or int(self.expand * width)
         rank = self.step_rank or -(-width // 16)
         window, hidden = state or (None, None)
+        dense = partial(Linear, kernel_init=self.kernel_init)
 
-        x, z = jnp.split(Linear(2 * inner, use_bias=self.use_bias, name="in_proj")(u), 2, axis=-1)
-        convolve = CausalConv(self.conv_width, self.activation, self.conv_bias, name="conv1d")
+        x, z = jnp.split(dense(2 * inner, use_bias=self.use_bias, name="in_proj")(u), 2, axis=-1)
+        convolve = CausalConv(self.conv_width, self.activation, self.conv_bias, self.conv_init, name="conv1d")
         x, window = convolve(x, window, present)
         x = _where(present, x)
-        maps = Linear(rank + 2 * self.state_size, use_bias=False, name="x_proj")(x)
+        maps = dense(rank + 2 * self.state_size, use_bias=False, name="x_proj")(x)
         maps = jnp.split(maps, (rank, rank + self.state_size), axis=-1)
         if self.norm_epsilon is not None:
             maps = [_normalized(m, self.norm_epsilon) for m in maps]
-        start, bias = torch_uniform(rank), step_bias_init(*self.steps)
+        start = self.kernel_init or torch_uniform(rank)
+        bias = step_bias_init(*self.steps) if self.kernel_init is None else nn.initializers.zeros
         step = Linear(inner, kernel_init=start, bias_init=bias, name="dt_proj")(maps[0])
         step = jax.nn.softplus(step.astype(jnp.float32))
         log_rates = self.param("A_log", log_rates_init, (inner, self.state_size))
@@ -109,7 +114,7 @@ class Mamba(nn.Module):
             return_state=True,
         )
         gated = y * activation_function(self.activation)(z)
-        y = Linear(width, use_bias=self.use_bias, name="out_proj")(gated)
+        y = dense(width, use_bias=self.use_bias, name="out_proj")(gated)
         return (y, MambaState(window, hidden)) if return_state else y
 
 
