@@ -33,6 +33,14 @@ def _square(x: Array, y: Array) -> Array:
     return jnp.sum(jnp.square(x - y), axis=-1)
 
 
+def _squares(x: Array, y: Array) -> Array:
+    """(B, Q, N) squared distances of all x from all y."""
+    if x.shape[-1] > 4:
+        return _square(x[:, :, None], y[:, None])
+    # Coordinate by coordinate: sums over an axis of three are not fused on a CPU, and take ten times as long.
+    return sum(jnp.square(x[:, :, None, i] - y[:, None, :, i]) for i in range(x.shape[-1]))
+
+
 def _blank(points: Array, present: Array | None) -> Array:
     """Zeros for absent points, which may hold anything: a NaN times a zero cotangent would be NaN."""
     return _wide(points) if present is None else jnp.where(present[..., None], _wide(points), 0.0)
@@ -120,7 +128,7 @@ def _smallest(values: Array, count: int) -> tuple[Array, Array]:
 
     # XLA's top_k sorts whole rows on a CPU, twenty times as long for a handful.
     if count == 1:
-        return one_by_one(values)
+        return jnp.min(values, axis=-1, keepdims=True), jnp.argmin(values, axis=-1, keepdims=True)
     return jax.lax.platform_dependent(values, cpu=one_by_one if count <= 32 else at_once, default=at_once)
 
 
@@ -152,7 +160,7 @@ def nearest_points(
     present = jnp.ones(points.shape[:2], bool) if mask is None else mask
 
     def search(piece, position):
-        square = _square(piece[:, :, None], fixed[:, None])
+        square = _squares(piece, fixed)
         allowed = present[:, None]
         if exclude_self:
             allowed = allowed & (position[..., None] != jnp.arange(available))
@@ -188,7 +196,7 @@ def ball_query(
     present = jnp.ones(points.shape[:2], bool) if mask is None else mask
 
     def search(piece):
-        inside = (_square(piece[:, :, None], fixed[:, None]) < radius**2) & present[:, None]
+        inside = (_squares(piece, fixed) < radius**2) & present[:, None]
         order = jnp.where(inside, jnp.arange(available), available)
         index = -jax.lax.top_k(-order, neighbors)[0]
         found = index < available
@@ -328,7 +336,7 @@ def expansion_penalty(
         raise ValueError(f"expansion_penalty: slope {slope!r} is not one of length, square")
     wide = _wide(points).reshape(-1, block, width)
     fixed = jax.lax.stop_gradient(wide)
-    holder = jax.vmap(lambda x: _peel(_spanning_tree(_square(x[:, None], x[None]))))(fixed)
+    holder = jax.vmap(lambda square: _peel(_spanning_tree(square)))(_squares(fixed, fixed))
     hangs = holder >= 0
     square = jnp.where(hangs, _square(wide, gather_points(fixed, jnp.maximum(holder, 0))), 0.0)
     length = _root(square)

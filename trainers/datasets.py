@@ -52,6 +52,7 @@ _LOADERS = {
         "molecules.load_molecules", whole=("length", "vocabulary", "num_targets", "targets", "num_descriptors")
     ),
     "patient_classification": Loader("cohorts.load_cohort", whole=("block_widths", "num_classes")),
+    "point_completion": Loader("completion.load_completion", ("num_points", "num_targets")),
     "pose_lifting": Loader("poses.load_poses", ("frames",)),
     "recommendation": Loader("recommendation.load_recommendation", ("history",), sizes=("num_items",)),
     "reconstruction": Loader("telemetry.load_telemetry", ("lookback",)),
