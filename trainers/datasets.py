@@ -48,6 +48,9 @@ _LOADERS = {
     "forecasting": Loader("forecasting.load_forecasting", ("lookback", "horizon")),
     "imputation": Loader("imputation.load_imputation", ("lookback", "hidden_share")),
     "language_modelling": Loader("language.load_language", ("length", "vocabulary")),
+    "mesh_animation": Loader(
+        "meshes.load_meshes", ("frames", "num_vertices", "num_edges", "video_tokens", "video_channels")
+    ),
     "molecules": Loader(
         "molecules.load_molecules", whole=("length", "vocabulary", "num_targets", "targets", "num_descriptors")
     ),
