@@ -296,6 +296,7 @@ _MODULES = {
         "inverse_distance_interpolation",
         "nearest_points",
         "pca_frames",
+        "pool_points",
         "procrustes_rotation",
         "similarity_alignment",
     ),
@@ -520,6 +521,7 @@ _MODULES = {
     ),
     "splatting": (
         "composite_gaussians",
+        "densify_gaussians",
         "gaussian_color",
         "gaussian_covariance",
         "gaussian_tiles",

@@ -8,10 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 __all__ = [
     "composite_gaussians",
+    "densify_gaussians",
     "gaussian_color",
     "gaussian_covariance",
     "gaussian_tiles",
@@ -225,6 +226,47 @@ def composite_gaussians(
     if background is not None:
         color = color + (1 - weight)[..., None] * background.astype(jnp.float32)
     return color.astype(kind), weight.astype(kind), far.astype(kind)
+
+
+@jax.jit
+def densify_gaussians(
+    place: Float[Array, "N 3"],
+    log_scale: Float[Array, "N 3"],
+    quaternion: Float[Array, "N 4"],
+    opacity: Float[Array, " N"],
+    alive: Bool[Array, " N"],
+    gradient: Float[Array, " N"],
+    key: Key[Array, ""],
+    *,
+    extent: Float[Array, ""] | float = 1.0,
+    threshold: Float[Array, ""] | float = 2e-4,
+    dense_share: Float[Array, ""] | float = 0.01,
+    min_opacity: Float[Array, ""] | float = 0.005,
+) -> tuple[Int[Array, " N"], Float[Array, "N 3"], Float[Array, "N 3"], Bool[Array, " N"]]:
+    """3DGS's adaptive density in N places, some of them empty: (whose attributes each place has, place, log scale,
+    alive).
+
+    Whoever is below `min_opacity` (in [0, 1], not a logit) dies. Whoever's mean `gradient` on screen reaches
+    `threshold` is doubled: as it is where its largest scale is at most `dense_share` times `extent`, and else cut in
+    two, each 1.6 times smaller and drawn from the Gaussian itself. Births take the empty places in order, the greatest
+    gradients first; where none is left the others stay as they are. All other attributes follow by x[index]. Source:
+    arXiv:2308.04079, section 5; card ga_wireless_splat, Model (densification).
+    """
+    count, number = len(alive), jnp.arange(len(alive))
+    alive = alive & (opacity >= min_opacity)
+    hot = alive & (gradient >= threshold)
+    parents = jnp.argsort(jnp.where(hot, -gradient, jnp.inf), stable=True)
+    free = jnp.argsort(alive, stable=True)
+    granted = number < jnp.minimum(jnp.sum(hot), count - jnp.sum(alive))
+    index = number.at[jnp.where(granted, free, count)].set(parents, mode="drop")
+    doubled = jnp.zeros(count, bool).at[jnp.where(granted, parents, count)].set(True, mode="drop")
+    cut = (doubled & (jnp.max(jnp.exp(log_scale), axis=-1) > dense_share * extent))[index, None]
+    place, log_scale, quaternion = (x[index] for x in (place, log_scale, quaternion))
+    unit = quaternion / jnp.maximum(jnp.linalg.norm(quaternion, axis=-1, keepdims=True), 1e-12)
+    offset = jnp.exp(log_scale) * jax.random.normal(key, place.shape, place.dtype)
+    drawn = place + jnp.einsum("nij,nj->ni", _rotation(unit), offset, precision=HIGHEST)
+    alive = alive | jnp.zeros(count, bool).at[jnp.where(granted, free, count)].set(True, mode="drop")
+    return index, jnp.where(cut, drawn, place), jnp.where(cut, log_scale - np.log(1.6), log_scale), alive
 
 
 @partial(jax.jit, static_argnames=("degree",))

@@ -48,6 +48,19 @@ _LOADERS = {
     "forecasting": Loader("forecasting.load_forecasting", ("lookback", "horizon")),
     "imputation": Loader("imputation.load_imputation", ("lookback", "hidden_share")),
     "language_modelling": Loader("language.load_language", ("length", "vocabulary")),
+    "manipulation": Loader(
+        "manipulation.load_scenes",
+        whole=(
+            "horizon",
+            "num_observations",
+            "num_points",
+            "state_dim",
+            "action_dim",
+            "environment_channels",
+            "active_features",
+            "passive_features",
+        ),
+    ),
     "mesh_animation": Loader(
         "meshes.load_meshes", ("frames", "num_vertices", "num_edges", "video_tokens", "video_channels")
     ),

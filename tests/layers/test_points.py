@@ -136,6 +136,25 @@ def test_grouping_reads_rows_and_edges_are_differences():
     close(edges[..., 4:], jnp.broadcast_to(FEATURES[:, :Q, None], (B, Q, 3, 4)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pooling_takes_the_greatest_of_each_group_and_its_slope_goes_to_the_first(dtype):
+    tied = FEATURES.astype(dtype).at[:, 5].set(FEATURES[:, 2].astype(dtype))
+    groups = jax.random.randint(KEYS[4], (B, N), 0, 3).at[:, 5].set(0).at[:, 2].set(0)
+    pool = partial(points.pool_points, num_groups=4)
+    ours, slopes = pool(tied, groups), jax.grad(lambda x: jnp.sum(pool(x, groups)[:, :, 1] ** 2))(tied)
+    assert not jnp.any(ours[:, 3])  # nobody's group
+    for i, g in np.ndindex(B, 3):
+        rows = np.flatnonzero(groups[i] == g)
+        table = exact(tied[i])[rows]
+        chex.assert_trees_all_equal(exact(ours[i, g]), table.max(0))
+        expected = np.zeros((N, 4))
+        expected[rows[table[:, 1].argmax()], 1] = 2 * table[:, 1].max()
+        chex.assert_trees_all_equal(exact(slopes[i])[rows], expected[rows])
+    chex.assert_trees_all_equal(points.pool_points(tied)[:, 0], tied.max(axis=1))
+    each = jax.vmap(lambda x, g: pool(x[None], g[None])[0])(tied, groups)
+    chex.assert_trees_all_equal(each, ours)
+
+
 @pytest.mark.parametrize("power", [1, 2])
 def test_interpolation_is_the_weighted_mean_of_the_nearest(power):
     ours = points.inverse_distance_interpolation(QUERY, POISONED, FEATURES, power=power, mask=PRESENT)

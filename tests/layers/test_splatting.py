@@ -348,3 +348,45 @@ def test_nothing_is_drawn_out_of_bounds():
     cut = splatting.composite_gaussians(*arguments, bounds=jnp.array([[4, 6, 10, 12]]))[0]
     inside = jnp.zeros((16, 16), bool).at[6:12, 4:10].set(True)[..., None]
     chex.assert_trees_all_close(cut, jnp.where(inside, everywhere, 0.0))
+
+
+# ---- how many there are ----------------------------------------------------------------------------------------------
+
+
+def test_density_grows_where_gradients_are_great_and_the_faint_make_room():
+    place = jnp.arange(8.0)[:, None] * jnp.array([1.0, 0, 0])
+    small, large = np.log(0.001), np.log(0.2)
+    log_scale = jnp.where(jnp.arange(8)[:, None] == 1, large, small) * jnp.ones(3)
+    alive = jnp.arange(8) < 6
+    opacity = jnp.array([0.5, 0.5, 0.5, 0.5, 0.001, 0.5, 0.9, 0.9])
+    gradient = jnp.array([3e-4, 5e-4, 0.0, 2.5e-4, 9e-4, 4e-4, 9e-4, 9e-4])
+    turned = jnp.tile(jnp.array([0.3, 0.1, -0.5, 0.8]), (8, 1))
+    density = partial(splatting.densify_gaussians, place, log_scale, turned, opacity, alive, gradient, extent=2.0)
+    index, moved, scale, there = density(KEYS[0])
+    # 4 is too faint; 1, 5 and 0 have the greatest slopes and get its place and the two empty ones; 3 gets none.
+    assert index.tolist() == [0, 1, 2, 3, 1, 5, 5, 0]
+    assert bool(there.all())
+    close(moved[jnp.array([0, 2, 3, 5, 6, 7])], place[jnp.array([0, 2, 3, 5, 5, 0])])
+    expected = log_scale[index] - jnp.where(index == 1, np.log(1.6), 0.0)[:, None]
+    close(scale, expected)
+    assert not np.allclose(moved[1], moved[4])
+    # Both halves are drawn from the Gaussian that was there.
+    keys = jax.random.split(KEYS[1], 4000)
+    drawn = jax.vmap(lambda k: density(k)[1][jnp.array([1, 4])])(keys).reshape(-1, 3)
+    close(drawn.mean(axis=0), place[1], atol=0.02)
+    close(jnp.cov(drawn.T), 0.04 * jnp.eye(3), atol=0.003)
+    # Nothing to do: nothing is done.
+    index, moved, scale, there = splatting.densify_gaussians(
+        place, log_scale, turned, jnp.ones(8), alive, jnp.zeros(8), KEYS[0]
+    )
+    chex.assert_trees_all_equal((index, moved, scale, there), (jnp.arange(8), place, log_scale, alive))
+
+
+def test_halves_lie_along_a_long_gaussian():
+    long = jnp.log(jnp.array([[1e-4, 1.0, 1e-4], [1.0, 1.0, 1.0]]))
+    turn = jnp.array([[np.cos(np.pi / 4), 0, 0, np.sin(np.pi / 4)], [1.0, 0, 0, 0]])  # y to -x
+    _, moved, _, _ = splatting.densify_gaussians(
+        jnp.zeros((2, 3)), long, turn, jnp.ones(2), jnp.array([True, False]), jnp.ones(2), KEYS[2]
+    )
+    assert float(jnp.abs(moved[:, 0]).min()) > 0.01
+    assert float(jnp.abs(moved[:, 1:]).max()) < 1e-3
