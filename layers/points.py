@@ -139,7 +139,7 @@ def _smallest(values: Array, count: int) -> tuple[Array, Array]:
 
     def one_by_one(values):
         def take(rest, _):
-            index = jnp.argmin(rest, axis=-1)
+            index = jnp.argmin(rest, axis=-1).astype(jnp.int32)
             chosen = jnp.arange(rest.shape[-1]) == index[..., None]
             return jnp.where(chosen, jnp.inf, rest), (jnp.min(rest, axis=-1), index)
 

@@ -69,6 +69,7 @@ _LOADERS = {
     ),
     "patient_classification": Loader("cohorts.load_cohort", whole=("block_widths", "num_classes")),
     "point_completion": Loader("completion.load_completion", ("num_points", "num_targets")),
+    "point_segmentation": Loader("towns.load_towns", ("num_points", "num_classes", "cell", "depth")),
     "pose_lifting": Loader("poses.load_poses", ("frames",)),
     "recommendation": Loader("recommendation.load_recommendation", ("history",), sizes=("num_items",)),
     "reconstruction": Loader("telemetry.load_telemetry", ("lookback",)),
@@ -76,6 +77,7 @@ _LOADERS = {
     "segmentation": Loader(
         "segmentation.load_segmentation", ("image_size", "channels", "num_classes"), own_standin=True
     ),
+    "spectrum_rendering": Loader("spectra.load_spectra", ("height", "width")),
     "trajectory_forecasting": Loader(
         "trajectories.load_trajectories", ("lookback", "horizon", "num_agents"), shape=("num_modes",)
     ),
