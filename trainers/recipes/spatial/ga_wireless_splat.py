@@ -1,6 +1,9 @@
 """GAI-GS's runs: `zoo train ga_wireless_splat` (stand-in: a room whose walls reflect).
 
-No run has been measured yet.
+`tiny`, 500 steps: SSIM 0.889 and mean absolute error 0.020 on 60 transmitters of the test part; the mean of training
+spectra has 0.381 and 0.050. 221 s of processor time, compilation included, on two CPU cores (AMD EPYC) under several
+times their load. `deaf`, which knows nothing of the transmitter, has not been run. The paper's tables were not at hand;
+the median SSIM of its forerunner WRF-GS+ on measured spectra is about 0.90.
 """
 
 from trainers.recipe import Optimizer, Recipe

@@ -1,6 +1,9 @@
 """OPTNet's runs: `zoo train optnet` (stand-in towns; 3DAeroRelief has no copy that can be fetched).
 
-No run has been measured yet.
+Measured with `zoo train optnet` on two CPU cores (AMD EPYC) that several other jobs shared, jax 0.10.2, float32: after
+640 steps of 8 towns mean IoU 0.625 and accuracy 0.783 over the test part, where the commonest class has 0.061 and
+0.304. 280 s of processor time, compilation (half of it) included. The paper's mean IoU on 3DAeroRelief cannot be
+compared with a stand-in's.
 """
 
 from trainers.recipe import Optimizer, Recipe
