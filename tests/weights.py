@@ -21,7 +21,7 @@ def drawn(paper: Paper | Backbone, model: nn.Module, seed: int = 0) -> Any:
         name, noise = path[-1].key, rng.normal(size=shape.shape)
         if name == "kernel":
             value = noise * np.prod(shape.shape[:-1]) ** -0.5
-        elif name in ("scale", "var", "D"):
+        elif name in ("scale", "var", "variance", "D"):
             value = 1 + 0.1 * np.abs(noise)
         elif name == "A_log":
             value = np.log(np.arange(1, shape.shape[-1] + 1)) + 0.1 * noise

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import zoo
-from tests.weights import drawn
 from zoo.backbones.generation import generate, left_align, sample
 
 NAMES = [e.name for e in zoo.backbones(status="works") if zoo.backbone(e.name).cache is not None]
@@ -23,7 +22,8 @@ def built(name):
     record = zoo.backbone(name)
     model = zoo.create(record.slug, "tiny")
     example = record.example(model.config, batch_size=2, key=KEY)
-    leaves, tree = jax.tree.flatten(drawn(record, model))
+    variables = jax.jit(lambda example: record.initialize(model, {"params": KEY}, example))(example)
+    leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(KEY, len(leaves))
     leaves = [v + 0.3 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)]
     beside = {k: v for k, v in example.items() if k != "input_ids"}  # an encoder's tokens, where there is one
