@@ -22,8 +22,14 @@ KERNELS = {
 }
 
 
+# One layer of each of its towers has all that Social-Mamba has and compiles in a third of the time.
+TOWERS = {f"{tower}_layers": 1 for tower in ("temporal", "goal", "ego", "global")}
+
+
 def recipe(slug="ister", **changes):
     start = dataclasses.replace(recipe_for(slug), mesh="data=1", steps=20, log_every=20, batch_size=32)
+    if slug == "social_mamba":
+        start = dataclasses.replace(start, model=dataclasses.replace(start.model, **TOWERS))
     return dataclasses.replace(start, **changes)
 
 
@@ -52,7 +58,7 @@ def alone(slug):
     return twenty_steps(recipe(slug))[0]
 
 
-# Social-Mamba takes most of a minute to compile: what is its own, a scan along the sequence, and two axes of a kernel.
+# Social-Mamba takes long to compile: what is its own, a scan along the sequence, and two axes of a kernel.
 PAIRS = [
     (slug, mesh) for slug in KERNELS for mesh in MESHES
     if slug != "social_mamba" or mesh in ("sequence=8", "data=2,fsdp=2,tensor=2")
