@@ -29,7 +29,7 @@ TOWERS = {f"{tower}_layers": 1 for tower in ("temporal", "goal", "ego", "global"
 def recipe(slug="ister", **changes):
     start = dataclasses.replace(recipe_for(slug), mesh="data=1", steps=20, log_every=20, batch_size=32)
     if slug == "social_mamba":
-        start = dataclasses.replace(start, model=dataclasses.replace(start.model, **TOWERS))
+        start = dataclasses.replace(start, model=dataclasses.replace(start.model, **TOWERS), batch_size=8)
     return dataclasses.replace(start, **changes)
 
 
