@@ -5,7 +5,7 @@ Both are pre-norm transformers. The text is causal and summarised at its end tok
 Differs from the official code: images are (B, height, width, channels); there is no dropout.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,18 +19,20 @@ from zoo.backbone import Backbone
 from zoo.backbones.encoder import (
     LayerConfig,
     embed_patches,
+    embed_tokens,
     encode,
     fitting_positions,
+    layers_table,
     make_norm,
     pair,
-    projections,
+    pair_outputs,
     unit_length,
 )
 from zoo.backbones.hooks import AttentionHook, plain_attention
 from zoo.backbones.naming import activation_from_hub, activation_to_hub
 from zoo.blocks import Linear
 from zoo.paper import Official
-from zoo.weights.table import Row, Table, conv, layer_norm, linear, parameter
+from zoo.weights.table import Table, conv, layer_norm, linear, parameter
 
 __all__ = [
     "BACKBONES",
@@ -123,12 +125,7 @@ class TextEncoder(nn.Module):
         positions: Int[Array, "B L"] | None = None,
     ) -> Encoded:
         c = self.config
-        if input_ids.shape[1] > c.max_positions:
-            raise ValueError(f"texts of {input_ids.shape[1]} tokens are longer than max_positions {c.max_positions}")
-        start = nn.initializers.normal(0.02)
-        x = nn.Embed(c.vocab_size, c.layer.width, embedding_init=start, name="embedding")(input_ids)
-        positions = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
-        x = x + nn.Embed(c.max_positions, c.layer.width, embedding_init=start, name="positions")(positions)
+        x = embed_tokens(input_ids, positions, c.layer.width, c.vocab_size, c.max_positions)
         mask = layers.CausalMask()
         if attention_mask is not None:
             mask = mask & layers.KeyMask(attention_mask.astype(bool))
@@ -294,22 +291,11 @@ def config_to_official(c: Config) -> dict[str, Any]:
     }
 
 
-def _layers_table(theirs: str, ours: str, count: int) -> Iterator[Row]:
-    for i in range(count):
-        layer, own = f"{theirs}.encoder.layers.{i}", f"{ours}layers_{i}"
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        yield from projections(f"{layer}.self_attn", f"{own}/attention", names, bias=True)
-        yield from layer_norm(f"{layer}.layer_norm1", f"{own}/attention_norm")
-        yield from layer_norm(f"{layer}.layer_norm2", f"{own}/mlp_norm")
-        for name in ("fc1", "fc2"):
-            yield from linear(f"{layer}.mlp.{name}", f"{own}/mlp/{name}")
-
-
 def text_table(c: TextConfig, theirs: str = "text_model", ours: str = "") -> Table:
     """`theirs` is the official name of the encoder, `ours` the path of ours, ending in a slash."""
     yield from parameter(f"{theirs}.embeddings.token_embedding.weight", f"{ours}embedding/embedding")
     yield from parameter(f"{theirs}.embeddings.position_embedding.weight", f"{ours}positions/embedding")
-    yield from _layers_table(theirs, ours, c.num_layers)
+    yield from layers_table(f"{theirs}.encoder.layers", ours, c.num_layers)
     yield from layer_norm(f"{theirs}.final_layer_norm", f"{ours}norm")
 
 
@@ -319,7 +305,7 @@ def image_table(c: ImageConfig, theirs: str = "vision_model", ours: str = "") ->
     yield from conv(f"{theirs}.embeddings.patch_embedding", f"{ours}patch_embedding", bias=False)
     yield from parameter(f"{theirs}.embeddings.position_embedding.weight", f"{ours}positions")
     yield from layer_norm(f"{theirs}.pre_layrnorm", f"{ours}first_norm")  # misspelt there
-    yield from _layers_table(theirs, ours, c.num_layers)
+    yield from layers_table(f"{theirs}.encoder.layers", ours, c.num_layers)
     yield from layer_norm(f"{theirs}.post_layernorm", f"{ours}norm")
 
 
@@ -341,16 +327,7 @@ def official_call(model: Model, variables: Mapping[str, Any], inputs: Mapping[st
         attention_mask=inputs.get("attention_mask"),
         positions=inputs.get("position_ids"),
     )
-    return {
-        "text_embeds": output.text_embeds,
-        "image_embeds": output.image_embeds,
-        "logits_per_image": output.logits_per_image,
-        "logits_per_text": output.logits_per_image.T,
-        "text_last_hidden_state": output.text.last_hidden_state,
-        "vision_last_hidden_state": output.image.last_hidden_state,
-        "text_pooler_output": output.text.pooled,
-        "vision_pooler_output": output.image.pooled,
-    }
+    return pair_outputs(output)
 
 
 # --- named configurations: sizes of published checkpoints ------------------------------------------------------------

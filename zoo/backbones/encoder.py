@@ -10,7 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import layers
 from layers import Mask
@@ -26,11 +26,14 @@ __all__ = [
     "EncoderLayer",
     "LayerConfig",
     "embed_patches",
+    "embed_tokens",
     "encode",
     "fitting_positions",
+    "layers_table",
     "make_norm",
     "norm_table",
     "pair",
+    "pair_outputs",
     "projections",
     "unit_length",
 ]
@@ -181,6 +184,18 @@ def embed_patches(
     return convolution(images)
 
 
+def embed_tokens(
+    input_ids: Int[Array, "B L"], positions: Int[Array, "B L"] | None, width: int, vocab_size: int, max_positions: int
+) -> Float[Array, "B L D"]:
+    """Tables of words and of positions (0, 1, ... if None), called inside a compact method."""
+    if input_ids.shape[1] > max_positions:
+        raise ValueError(f"texts of {input_ids.shape[1]} tokens are longer than max_positions {max_positions}")
+    start = nn.initializers.normal(0.02)
+    positions = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
+    x = nn.Embed(vocab_size, width, embedding_init=start, name="embedding")(input_ids)
+    return x + nn.Embed(max_positions, width, embedding_init=start, name="positions")(positions)
+
+
 def fitting_positions(
     table: Float[Array, "N D"],
     trained: tuple[int, int],
@@ -221,3 +236,29 @@ def projections(official: str, ours: str, names: tuple[str, str, str, str], *, b
     """Query, key, value and output projections that are apart, under these official names."""
     for theirs, own in zip(names, ("query", "key", "value", "out"), strict=True):
         yield from linear(f"{official}.{theirs}", f"{ours}/{own}", bias=output_bias if own == "out" else bias)
+
+
+def layers_table(theirs: str, ours: str, count: int) -> Iterator[Row]:
+    """Pre-norm layers under the names that CLIP and SigLIP share; `ours` ends in a slash, or is empty."""
+    for i in range(count):
+        layer, own = f"{theirs}.{i}", f"{ours}layers_{i}"
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        yield from projections(f"{layer}.self_attn", f"{own}/attention", names, bias=True)
+        yield from layer_norm(f"{layer}.layer_norm1", f"{own}/attention_norm")
+        yield from layer_norm(f"{layer}.layer_norm2", f"{own}/mlp_norm")
+        for name in ("fc1", "fc2"):
+            yield from linear(f"{layer}.mlp.{name}", f"{own}/mlp/{name}")
+
+
+def pair_outputs(output: Any) -> dict[str, Array]:
+    """What an image and a text encoder give together, under the official names."""
+    return {
+        "text_embeds": output.text_embeds,
+        "image_embeds": output.image_embeds,
+        "logits_per_image": output.logits_per_image,
+        "logits_per_text": output.logits_per_image.T,
+        "text_last_hidden_state": output.text.last_hidden_state,
+        "vision_last_hidden_state": output.image.last_hidden_state,
+        "text_pooler_output": output.text.pooled,
+        "vision_pooler_output": output.image.pooled,
+    }

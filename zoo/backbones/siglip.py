@@ -8,7 +8,7 @@ Differs from the official code: images are (B, height, width, channels); there i
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,18 +23,20 @@ from zoo.backbones.encoder import (
     MLP,
     LayerConfig,
     embed_patches,
+    embed_tokens,
     encode,
     fitting_positions,
+    layers_table,
     make_norm,
     pair,
-    projections,
+    pair_outputs,
     unit_length,
 )
 from zoo.backbones.hooks import AttentionHook, Layer, attend, plain_attention
 from zoo.backbones.naming import activation_from_hub, activation_to_hub
 from zoo.blocks import Linear
 from zoo.paper import Official
-from zoo.weights.table import Row, Table, conv, layer_norm, linear, multihead_attention, parameter, squeezed
+from zoo.weights.table import Table, conv, layer_norm, linear, multihead_attention, parameter, squeezed
 
 __all__ = [
     "BACKBONES",
@@ -181,12 +183,7 @@ class TextEncoder(nn.Module):
         positions: Int[Array, "B L"] | None = None,
     ) -> Encoded:
         c = self.config
-        if input_ids.shape[1] > c.max_positions:
-            raise ValueError(f"texts of {input_ids.shape[1]} tokens are longer than max_positions {c.max_positions}")
-        start = nn.initializers.normal(0.02)
-        positions = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
-        x = nn.Embed(c.vocab_size, c.layer.width, embedding_init=start, name="embedding")(input_ids)
-        x = x + nn.Embed(c.max_positions, c.layer.width, embedding_init=start, name="positions")(positions)
+        x = embed_tokens(input_ids, positions, c.layer.width, c.vocab_size, c.max_positions)
         mask = None if attention_mask is None else layers.KeyMask(attention_mask.astype(bool))
         x = encode(self, c.layer, c.num_layers, self.attention, x, mask=mask, path=self.path, index=self.index)
         x = make_norm(c.layer.norm, c.layer.norm_epsilon, "norm")(x)
@@ -315,22 +312,11 @@ def dual_config_to_official(c: DualConfig) -> dict[str, Any]:
     }
 
 
-def _layers_table(theirs: str, ours: str, count: int) -> Iterator[Row]:
-    for i in range(count):
-        layer, own = f"{theirs}.{i}", f"{ours}layers_{i}"
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        yield from projections(f"{layer}.self_attn", f"{own}/attention", names, bias=True)
-        yield from layer_norm(f"{layer}.layer_norm1", f"{own}/attention_norm")
-        yield from layer_norm(f"{layer}.layer_norm2", f"{own}/mlp_norm")
-        for name in ("fc1", "fc2"):
-            yield from linear(f"{layer}.mlp.{name}", f"{own}/mlp/{name}")
-
-
 def official_table(c: Config, theirs: str = "", ours: str = "") -> Table:
     """`theirs` stands before every official name and ends in a dot, `ours` before every one of ours, in a slash."""
     yield from conv(f"{theirs}embeddings.patch_embedding", f"{ours}patch_embedding")
     yield from parameter(f"{theirs}embeddings.position_embedding.weight", f"{ours}positions")
-    yield from _layers_table(f"{theirs}encoder.layers", ours, c.num_layers)
+    yield from layers_table(f"{theirs}encoder.layers", ours, c.num_layers)
     yield from layer_norm(f"{theirs}post_layernorm", f"{ours}norm")
     if c.pool:
         head = f"{theirs}head"
@@ -346,7 +332,7 @@ def dual_table(c: DualConfig) -> Table:
         yield from parameter(name, name, squeezed(1))
     yield from parameter("text_model.embeddings.token_embedding.weight", "text/embedding/embedding")
     yield from parameter("text_model.embeddings.position_embedding.weight", "text/positions/embedding")
-    yield from _layers_table("text_model.encoder.layers", "text/", c.text.num_layers)
+    yield from layers_table("text_model.encoder.layers", "text/", c.text.num_layers)
     yield from layer_norm("text_model.final_layer_norm", "text/norm")
     yield from linear("text_model.head", "text/head")
     yield from official_table(c.image, "vision_model.", "image/")
@@ -374,16 +360,7 @@ def dual_call(model: DualModel, variables: Mapping[str, Any], inputs: Mapping[st
         attention_mask=inputs.get("attention_mask"),
         positions=inputs.get("position_ids"),
     )
-    return {
-        "text_embeds": output.text_embeds,
-        "image_embeds": output.image_embeds,
-        "logits_per_image": output.logits_per_image,
-        "logits_per_text": output.logits_per_image.T,
-        "text_last_hidden_state": output.text.last_hidden_state,
-        "vision_last_hidden_state": output.image.last_hidden_state,
-        "text_pooler_output": output.text.pooled,
-        "vision_pooler_output": output.image.pooled,
-    }
+    return pair_outputs(output)
 
 
 # --- named configurations: sizes of published checkpoints ------------------------------------------------------------

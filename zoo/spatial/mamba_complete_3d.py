@@ -260,7 +260,7 @@ class EncoderBlock(nn.Module):
         c = self.config
         x = x + MambaStack(c, name="mamba")(_layer_norm(c, "norm1")(x))
         x = x + FeedForward(c, name="ffn")(_layer_norm(c, "norm2")(x))
-        summary = jnp.max(x, axis=1)
+        summary = layers.pool_points(x)[:, 0]
         # Over the tokens, channel by channel: the block knows their number and their order.
         new = jnp.swapaxes(summary[:, None] - x, 1, 2)
         for i, width in enumerate((*c.generator_widths, c.added)):
@@ -351,7 +351,7 @@ class Model(nn.Module):
             x, place = EncoderBlock(c, name=f"encoder_{i}")(x, place, train=train)
 
         # The sampled points stay where they are, the added ones are moved.
-        summary = jnp.max(Lift(c, c.global_width, c.global_width, name="summary")(x, train=train), axis=1)
+        summary = layers.pool_points(Lift(c, c.global_width, c.global_width, name="summary")(x, train=train))[:, 0]
         moved = jax.nn.relu(_Dense(c.global_width, name="spread_hidden")(summary))
         moved = _Dense(3 * (c.queries - c.tokens), name="spread_out")(moved).reshape(seen.shape[0], -1, 3)
         place = jnp.concatenate([place[:, : c.tokens], place[:, c.tokens :] + moved], axis=1)
@@ -362,7 +362,7 @@ class Model(nn.Module):
         q = Decoder(c, name="decoder")(q, x)
 
         lift = Lift(c, c.global_width, c.global_width, None, name="head_summary")
-        style = Linear(c.d_model, name="head_global")(jnp.max(lift(q, train=train), axis=1))
+        style = Linear(c.d_model, name="head_global")(layers.pool_points(lift(q, train=train))[:, 0])
         local = Linear(c.d_model, name="head_local")(jnp.concatenate([q, place], axis=-1))
         grown = place[:, :, None] + Patches(c, name="patches")(style, local, train=train)
         dense = grown.reshape(seen.shape[0], -1, 3)
