@@ -248,7 +248,7 @@ def pga_linear(
     maps = jnp.einsum("jib,bcd->jcid", _wide(weight), _linear_basis(normalize_basis).astype(wide.dtype))
     y = jnp.einsum("jcid,...id->...jc", maps, wide)
     if scalar_bias is not None:
-        # Not y.at[..., 0].add: XLA splits that scatter wrongly over a mesh of data and tensor (jax 0.10.2).
+        # Not y.at[..., 0].add: with that scatter GAI-GS's loss on data x fsdp x tensor was 1e-3 off (jax 0.10.2).
         y = y + jnp.where(jnp.arange(16) == 0, _wide(scalar_bias)[..., None], 0)
     return y.astype(x.dtype)
 
