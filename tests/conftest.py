@@ -29,6 +29,14 @@ gc.set_threshold(50_000, 20, 50)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# The longest, longest first: with `--no-loadscope-reorder` one of them is not the last that one worker is left with.
+LONG = ["sweep", "backbones", "parity", "run", "meshes", "distributed", "kill", "notebooks", "demo", "faults"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_module():

@@ -65,10 +65,10 @@ def test_the_readme_shows_the_papers_there_are():
 
 def test_the_commands_of_the_readme_are_those_that_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
-    assert "pip install -e '.[test]' && pytest -n auto --dist loadfile" in readme
+    assert "pip install -e '.[test]' && pytest -n auto --dist loadfile --no-loadscope-reorder" in readme
     assert "pip install -e . && zoo train ister" in readme
     assert "-e '.[test]'" in ci
-    assert "\npytest -n auto --dist loadfile\n" in ci
+    assert "\npytest -n auto --dist loadfile --no-loadscope-reorder\n" in ci
 
 
 def test_the_console_script_answers():

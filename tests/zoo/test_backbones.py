@@ -110,7 +110,7 @@ def test_initial_values_are_finite_and_alike_in_scale(name):
     assert 1e-3 < float(jnp.std(outputs[0])) < 10
 
 
-@each_backbone
+@each_module
 def test_rows_of_a_batch_do_not_see_one_another(name):
     _, _, example, variables, apply = built(name)
     whole = floats(apply(variables, **example))
@@ -123,7 +123,7 @@ def test_rows_of_a_batch_do_not_see_one_another(name):
     chex.assert_trees_all_close(floats(apply(variables, **reordered(example))), reordered(whole), atol=1e-5, rtol=1e-5)
 
 
-@each_backbone
+@each_module
 def test_every_parameter_has_a_gradient(name):
     record, model, example, variables, _ = built(name)
 
@@ -150,7 +150,7 @@ def test_remat_and_scan_change_nothing(name):
     chex.assert_trees_all_close(gradients(Execution(remat="full", scan=True)), plain, atol=1e-4, rtol=1e-4)
 
 
-@each_backbone
+@each_module
 def test_bfloat16_stays_close(name):
     _, _, example, variables, apply = built(name)
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, (variables, example))

@@ -378,10 +378,12 @@ def tree_tables(ids: np.ndarray, codes: int) -> dict[str, np.ndarray]:
     digits = np.concatenate([np.zeros((1, DIGITS), np.int32), ids])
     nodes, tree = np.zeros((count + 1, DIGITS), np.int32), np.zeros((DIGITS, count + 1, codes), np.int32)
     for depth in range(DIGITS):
+        last = 0
         for item in range(1, count + 1):
             place = depth, nodes[item, depth], digits[item, depth]
             if not tree[place]:
-                tree[place] = item if depth == DIGITS - 1 else tree[depth].max() + 1
+                last += 1
+                tree[place] = item if depth == DIGITS - 1 else last
             if depth < DIGITS - 1:
                 nodes[item, depth + 1] = tree[place]
     return {"sid_table": digits, "node_table": nodes, "tree_table": tree}
