@@ -97,7 +97,6 @@ def _mismatches(case: Case) -> Iterator[str]:
     grad_params, grad_inputs = case.group("grad_param"), case.group("grad_input")
     table = list(bridge.table(model.config))
 
-    @jax.jit
     def run(chosen_params, chosen_inputs):
         tensors = jax.tree.map(jnp.asarray, params | chosen_params)
         outputs = bridge.call(model, forwards(table, tensors), inputs | chosen_inputs)
@@ -105,7 +104,7 @@ def _mismatches(case: Case) -> Iterator[str]:
 
     with jax.default_matmul_precision("highest"):
         chosen = ({k: params[k] for k in grad_params}, {k: inputs[k] for k in grad_inputs})
-        (_, outputs), gradients = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(*chosen)
+        (_, outputs), gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(*chosen)
 
     rtol, atol = (float(meta.get(k, v)) for k, v in NO_TOLERANCE_STATED.items())
     scaled, scaled_share = scaled_outputs(meta)

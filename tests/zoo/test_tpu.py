@@ -37,8 +37,8 @@ def recipe(slug, mesh, **changes):
 
 # Half a minute and more of libtpu's time each, and a third of all: CI lowers these and leaves compiling to `-m tpu`.
 SLOW = {
-    "attention_mamba", "camera_isac", "ga_wireless_splat", "heterogenmanip", "hyperpose", "mamba_complete_3d", "optnet",
-    "r_dmesh", "spine_context_resunet",
+    "attention_mamba", "camera_isac", "csrnet_attention", "ecg_nat", "ga_wireless_splat", "heterogenmanip", "hyperpose",
+    "mamba_complete_3d", "optnet", "r_dmesh", "rpattention", "spine_context_resunet",
 }  # fmt: skip
 
 
