@@ -20,7 +20,7 @@ import layers
 from zoo.backbone import Backbone
 from zoo.backbones.hooks import show
 from zoo.backbones.timm import activation_from_timm, timm_settings
-from zoo.backbones.windows import pooled_pixels
+from zoo.backbones.windows import POOLS, pooled_pixels
 from zoo.blocks import BatchNorm, Linear, stack
 from zoo.blocks.basic import activation_function, he_normal_out
 from zoo.errors import UserError
@@ -28,8 +28,6 @@ from zoo.paper import Official
 from zoo.weights.table import Table, batch_norm, conv, linear
 
 __all__ = ["BACKBONES", "Config", "Model", "Output"]
-
-_POOLS = ("avg", "max", "avgmax", "catavgmax")
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ class Config:
     def __post_init__(self):
         if self.output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride {self.output_stride} is not 8, 16 or 32")
-        if self.pool not in _POOLS:
-            raise ValueError(f"pool {self.pool!r} is not one of {', '.join(_POOLS)}")
+        if self.pool not in POOLS:
+            raise ValueError(f"pool {self.pool!r} is not one of {', '.join(POOLS)}")
         if len(self.depths) != len(self.channels):
             raise ValueError(f"{len(self.depths)} depths are not one for each of {len(self.channels)} channels")
         if not self.bottleneck and (self.groups, self.base_width) != (1, 64):

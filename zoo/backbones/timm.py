@@ -41,7 +41,7 @@ def timm_settings(
         known = configs()
         if architecture in known:
             found = hparams(known[architecture])
-        elif "depth" in changes or "depths" in changes or "layers" in changes:
+        elif changes.keys() & {"depth", "depths", "layers", "cfg"}:
             found = {}
         else:
             raise UserError(

@@ -12,7 +12,10 @@ from layers import DenseMask
 from zoo.backbones.hooks import AttentionHook, Layer, attend, show
 from zoo.blocks import Linear
 
-__all__ = ["WindowAttention", "WindowLayer", "pooled_pixels"]
+__all__ = ["POOLS", "WindowAttention", "WindowLayer", "pooled_pixels"]
+
+POOLS = ("avg", "max", "avgmax", "catavgmax")
+"""The kinds of `pooled_pixels`."""
 
 Sizes = tuple[int, ...]
 
