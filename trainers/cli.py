@@ -417,13 +417,16 @@ def compare(
 def bench(argv: Sequence[str]) -> None:
     if argv[:1] == ["layers"]:
         return _parse(_deferred(bench_layers), argv, prog="zoo bench")()
+    if argv[:1] == ["backbones"]:
+        return _parse(_deferred(bench_backbones), argv, prog="zoo bench")()
     from trainers.bench import bench_paper
 
     parsed = _recipe_arguments(
         "bench",
         argv,
         "Time a paper's model on this machine's devices: the forward pass and a training step of its recipe, as a\n"
-        "table and a csv. `zoo bench layers` times the primitives of `layers` instead: see `zoo bench layers --help`.",
+        "table and a csv. `zoo bench layers` times the primitives of `layers` instead, `zoo bench backbones`\n"
+        "pretrained architectures: see their --help.",
         output=(str, "runs/bench", "Folder for the csv; earlier ones stay."),
     )
     bench_paper(parsed.recipe, output=Path(parsed.output).expanduser())
@@ -456,6 +459,36 @@ def bench_layers(
     layer_bench.bench_layers(only=only, sizes=sizes, dtype=dtype, seconds=seconds, output=Path(output))
 
 
+def bench_backbones(
+    what: Annotated[Literal["backbones"], tyro.conf.Positional, tyro.conf.arg(metavar="backbones")],
+    only: tuple[str, ...] = (),
+    batch_size: int = 2,
+    length: int | None = None,
+    image_size: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    output: str = "runs/bench",
+) -> None:
+    """Time pretrained architectures on this machine's default device: a line each, and a csv.
+
+    Forward, and forward+backward (the gradients of all parameters): median time, GFLOP/s of the matrix products, peak
+    memory and compile time. Parameters are drawn; nothing is downloaded.
+
+    Args:
+        what: backbones.
+        only: Names, with or without a configuration, e.g. --only resnet:resnet50 bert:bert-base-uncased (default: all).
+        batch_size: Examples.
+        length: Tokens, of those that read text of any length (default: a few).
+        image_size: Pixels, of those that see images of any size (default: few).
+        dtype: Of parameters and float inputs.
+        output: Folder for the csv; earlier ones stay.
+    """
+    from trainers import backbone_bench
+
+    backbone_bench.bench_backbones(
+        only=only, batch_size=batch_size, length=length, image_size=image_size, dtype=dtype, output=Path(output)
+    )
+
+
 # These read their own command line: their options depend on the paper.
 _OF_A_RECIPE = (train, demo, bench, compile_)
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
@@ -466,7 +499,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "predict": (predict, "predict with a trained run"),
     "demo": (demo, "compute a paper's claims: measured beside predicted, a table and a plot"),
     "compare": (compare, "train several papers on the same data under equal budget: a table and a plot"),
-    "bench": (bench, "time a paper's forward pass and training step, or the primitives of layers"),
+    "bench": (bench, "time a paper's forward pass and training step, the primitives of layers, or backbones"),
     "compile": (compile_, "memory, communication and least time of a training step, for machines you need not have"),
     "convert": (convert, "weights between official files, the hub's folders and the zoo's formats"),
 }

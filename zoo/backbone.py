@@ -85,9 +85,9 @@ def _answers(pattern: str, name: str, settings: Mapping[str, Any]) -> bool:
 class Backbone:
     """One architecture. What it is called and where it comes from stands in the catalogue: see `entry`.
 
-    `example(config, batch_size=, key=)` gives the model's keyword arguments, of small but typical shapes. Language
-    models also have `cache(config, batch_size, capacity, dtype)`: the empty cache of their decoding (see
-    `zoo.backbones.generation`).
+    `example(config, batch_size=, key=)` gives the model's keyword arguments, of small but typical shapes; of those that
+    take any it also takes `length`, in tokens, or `image_size`, in pixels. Language models also have
+    `cache(config, batch_size, capacity, dtype)`: the empty cache of their decoding (see `zoo.backbones.generation`).
     """
 
     name: str

@@ -1,13 +1,16 @@
-"""`zoo bench layers`: rows, csv, plot, and what it says of bad input."""
+"""`zoo bench layers` and `zoo bench backbones`: rows, csv, plot, and what they say of bad input."""
 
 import csv
 
+import jax
 import numpy as np
 import pytest
 
+import zoo
 from trainers.cli import main
 from trainers.layer_bench import CASES
 from trainers.measure import Limits, slope
+from zoo.registry import variable_shapes
 
 
 def test_a_line_a_measurement_in_the_csv_and_a_plot(tmp_path, capsys):
@@ -87,3 +90,41 @@ def test_what_the_equation_costs_grows_as_the_case_says():
     for name, case in CASES.items():
         if case.flops:
             assert case.flops(2048) == case.flops(1024) * (2 if case.linear else 4), name
+
+
+def test_backbones_are_timed_forward_and_with_gradients(tmp_path, capsys):
+    command = ["bench", "backbones", "--only", "llama", "--length", "5", "--batch-size", "3", "--output", str(tmp_path)]
+    main(command)
+    (table,) = tmp_path.iterdir()
+    printed = capsys.readouterr().out
+    assert f"wrote {table}" in printed
+    rows = list(csv.DictReader(table.open()))
+    assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+    shapes = variable_shapes(zoo.backbone("llama"), zoo.create("backbone_llama", "tiny"))
+    for row in rows:
+        assert (row["backbone"], row["config"], row["inputs"]) == ("llama", "tiny", "input_ids 3x5")
+        assert int(row["parameters"]) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        assert float(row["gflop_per_s"]) == pytest.approx(
+            float(row["gflop"]) / float(row["median_ms"]) * 1e3, rel=2e-2, abs=1e-2
+        )
+    # The backward pass is two products for each of the forward's.
+    assert float(rows[1]["gflop"]) / float(rows[0]["gflop"]) == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--only", "lama"], "no backbone is called 'lama'; did you mean 'llama'"),
+        (["--only", "resnet:resnet5"], "backbone_resnet has no config 'resnet5'; did you mean 'resnet50'"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--output", "file"], "--output file cannot be written (File exists): choose another folder"),
+    ],
+)
+def test_bad_input_for_backbones_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "backbones", *arguments])
+    assert stop.value.code == 1
+    assert sentence in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -208,8 +208,8 @@ class Model(nn.Module):
         return Output(Linear(c.num_classes, name="head")(pooled) if c.num_classes else pooled, tuple(stages))
 
 
-def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:
-    return {"images": jax.random.normal(key, (batch_size, 32, 32, config.in_channels))}
+def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int = 32) -> dict[str, jax.Array]:
+    return {"images": jax.random.normal(key, (batch_size, image_size, image_size, config.in_channels))}
 
 
 # --- the official code ---------------------------------------------------------------------------------------------

@@ -94,8 +94,8 @@ def _convolution(channels: int, kernel: int, name: str, padding: str = "SAME") -
     return nn.Conv(channels, (kernel, kernel), padding=padding, kernel_init=he_normal_out, name=name)
 
 
-def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:
-    return {"images": jax.random.normal(key, (batch_size, 32, 32, config.in_channels))}
+def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int = 32) -> dict[str, jax.Array]:
+    return {"images": jax.random.normal(key, (batch_size, image_size, image_size, config.in_channels))}
 
 
 # --- the official code ---------------------------------------------------------------------------------------------
