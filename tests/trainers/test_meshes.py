@@ -1,11 +1,7 @@
-"""Twenty steps on eight devices, split in every way, against twenty steps on one.
-
-ZOO_ALL_MESHES=1 python -m pytest tests/trainers/test_meshes.py
-"""
+"""Twenty steps on eight devices, split in every way, against twenty steps on one."""
 
 import dataclasses
 import functools
-import os
 import re
 
 import chex
@@ -62,12 +58,15 @@ def alone(slug):
     return twenty_steps(recipe(slug))[0]
 
 
-PAIRS = [(slug, mesh) for slug in KERNELS for mesh in MESHES]
-if not os.environ.get("ZOO_ALL_MESHES"):
-    # Compiling is what takes long. The sweep trains every paper on data x fsdp x tensor; here is what else splits a
-    # convolution and a scan.
-    own = {"convrec": {"fsdp=8", "sequence=8", "data=2,tensor=2,sequence=2"}, "social_mamba": {"sequence=8"}}
-    PAIRS = [(slug, mesh) for slug, mesh in PAIRS if mesh in own.get(slug, MESHES)]
+# Compiling is what takes long. The sweep trains every paper on data x fsdp x tensor; what else splits a convolution and
+# a scan is here, and the rest is slow.
+QUICK = {
+    "ister": MESHES, "convrec": ["fsdp=8", "sequence=8", "data=2,tensor=2,sequence=2"], "social_mamba": ["sequence=8"],
+}  # fmt: skip
+PAIRS = [
+    pytest.param(slug, mesh, marks=[] if mesh in QUICK[slug] else [pytest.mark.slow])
+    for slug in KERNELS for mesh in MESHES
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("slug", "mesh"), PAIRS)

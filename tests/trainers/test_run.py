@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -99,9 +98,8 @@ def test_running_again_only_repeats_the_result(finished):
     assert metrics(workdir) == before
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"])
-def test_eight_devices_give_the_losses_of_one(finished, tmp_path, mesh):
-    recipe = dataclasses.replace(SHORT, mesh=mesh)
+def test_eight_devices_give_the_losses_of_one(finished, tmp_path):
+    recipe = dataclasses.replace(SHORT, mesh="data=2,fsdp=2,tensor=2")
     workdir = epath.Path(tmp_path) / "run"
     train(recipe, workdir, console=QUIET)
     ours, theirs = ([row["train/loss"] for row in metrics(w) if "train/loss" in row] for w in (workdir, finished[0]))
@@ -158,7 +156,7 @@ def test_the_order_of_the_data_is_a_permutation_by_seed_and_epoch():
 # --- interruption ---------------------------------------------------------------------------------------------------
 
 COMMAND = [
-    sys.executable, "-m", "trainers.cli", "train", "ister", "--steps", "200", "--evaluation.every", "8",
+    sys.executable, "-m", "trainers.cli", "train", "ister", "--steps", "24", "--evaluation.every", "8",
     "--log-every", "4", "--mesh", "data=1", "--seed", "3",
 ]  # fmt: skip
 
@@ -169,7 +167,6 @@ def finish(workdir) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": ""},
         timeout=300,
     )
     assert done.returncode == 0, done.stdout
