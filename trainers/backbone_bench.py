@@ -1,6 +1,5 @@
 """`zoo bench backbones`: time and memory of the forward pass and of the gradients of pretrained architectures."""
 
-import csv
 import datetime
 import inspect
 from collections.abc import Mapping, Sequence
@@ -13,14 +12,11 @@ import numpy as np
 
 import zoo
 from trainers.flops import matmul_flops
-from trainers.measure import measure
+from trainers.measure import measure, output_folder, write_table
 from zoo.errors import UserError
 from zoo.registry import variable_shapes
 
 __all__ = ["bench_backbones"]
-
-FIELDS = ("backbone", "config", "parameters", "device", "dtype", "inputs", "pass", "median_ms", "gflop", "gflop_per_s",
-          "compile_s", "peak_mib")  # fmt: skip
 
 
 def bench_backbones(
@@ -46,10 +42,7 @@ def bench_backbones(
     chosen = [(record, name, record.config(name)) for record, name in chosen]
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size} must be at least 1")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another folder") from error
+    output = output_folder(output)
     console.print(
         f"{jax.devices()[0].device_kind}, {dtype}\n{'backbone':<40}{'parameters':>15}  {'pass':<18}{'ms':>11}"
         f"{'GFLOP/s':>10}{'peak MiB':>11}{'compile s':>11}  inputs",
@@ -106,10 +99,7 @@ def bench_backbones(
             )
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")
     path = output / f"backbones-{stamp}.csv"
-    with open(path, "x", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, rows)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return rows
 

@@ -1,6 +1,5 @@
 """`zoo bench PAPER`: time, rate and memory of a paper's forward pass and training step on this machine's devices."""
 
-import csv
 import datetime
 from pathlib import Path
 
@@ -12,15 +11,11 @@ import zoo
 from trainers.compile import recipe_step
 from trainers.devices import accelerator
 from trainers.flops import matmul_flops
-from trainers.measure import measure
+from trainers.measure import measure, output_folder, write_table
 from trainers.recipe import Recipe
 from trainers.sharding import batch_sharding
-from zoo.errors import UserError
 
 __all__ = ["bench_paper"]
-
-FIELDS = ("paper", "config", "device", "devices", "mesh", "precision", "batch_size", "pass", "median_ms",
-          "examples_per_second", "gflop", "gflop_per_s", "mfu", "compile_s", "peak_mib")  # fmt: skip
 
 
 def bench_paper(recipe: Recipe, *, output: Path, console: Console | None = None) -> list[dict]:
@@ -32,10 +27,7 @@ def bench_paper(recipe: Recipe, *, output: Path, console: Console | None = None)
     console = console or Console()
     paper, devices = zoo.paper(recipe.paper).serving(recipe.model), jax.devices()
     model, program = recipe_step(recipe, devices)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another folder") from error
+    output = output_folder(output)
     key = jax.random.key(recipe.seed)
     batch = paper.example(model.config, batch_size=recipe.batch_size, key=key)
     batch = jax.device_put(batch, jax.tree.map(lambda x: batch_sharding(program.mesh, x.shape), batch))
@@ -83,9 +75,6 @@ def bench_paper(recipe: Recipe, *, output: Path, console: Console | None = None)
     console.print(table)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")
     path = output / f"{recipe.paper}-{recipe.config}-{stamp}.csv"
-    with open(path, "x", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, rows)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return rows

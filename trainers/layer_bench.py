@@ -1,6 +1,5 @@
 """`zoo bench layers`: time, rate, compile time and memory of every primitive against its length."""
 
-import csv
 import datetime
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import layers
-from trainers.measure import Limits, Measurement, machine_limits, measure, slope
+from trainers.measure import Limits, Measurement, machine_limits, measure, output_folder, slope, write_table
 from zoo.catalogue import closest
 from zoo.errors import UserError
 
@@ -235,12 +234,6 @@ def gradient_of(function: Callable, arguments: Sequence) -> Callable:
     return jax.grad(loss, argnums=positions)
 
 
-FIELDS = (
-    "primitive", "pass", "length", "dtype", "device", "median_ms", "compile_s", "gflop_per_s", "gb_per_s",
-    "peak_mib", "limit_ms", "of_limit", "slope",
-)  # fmt: skip
-
-
 def _row(name: str, direction: str, length: int, dtype: str, case: Case, m: Measurement, limits: Limits) -> dict:
     # Two products in the backward pass for each of the forward one.
     flops = (case.flops(length) if case.flops else 0.0) * (1 if direction == "forward" else 3)
@@ -281,10 +274,7 @@ def bench_layers(
     names = _chosen(only)
     if not sizes or min(sizes) < 2:
         raise UserError(f"--sizes {' '.join(map(str, sizes))} must be lengths of at least 2 tokens")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another folder") from error
+    output = output_folder(output)
     kind = jnp.dtype(dtype)
     limits = machine_limits(kind)
     console.print(
@@ -305,10 +295,7 @@ def bench_layers(
             rows += _measure_case(name, direction, case, sorted(sizes), kind, seconds, limits, console)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     table, picture = output / f"layers-{stamp}.csv", output / f"layers-{stamp}.png"
-    with open(table, "x", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(table, rows)
     plot(rows, picture)
     steep = sorted({r["primitive"] for r in rows if CASES[r["primitive"]].linear and r["slope"] and r["slope"] > 1.1})
     if len(sizes) > 1:

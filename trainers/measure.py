@@ -1,14 +1,19 @@
 """Timing of jitted functions: the median of repeated calls, compile time, peak memory, and the machine's own limits."""
 
+import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Limits", "Measurement", "machine_limits", "measure", "slope"]
+from zoo.errors import UserError
+
+__all__ = ["Limits", "Measurement", "machine_limits", "measure", "output_folder", "slope", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,20 @@ def machine_limits(dtype: jnp.dtype) -> Limits:
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """The exponent p of time ~ size^p: least squares on logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def output_folder(path: Path) -> Path:
+    """The folder of `--output`, made if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): choose another folder") from error
+    return path
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A new csv with a line a row; all rows have the fields of the first."""
+    with open(path, "x", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
