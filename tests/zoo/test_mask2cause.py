@@ -215,6 +215,7 @@ def test_finds_the_parents_of_a_chaotic_system():
     assert scores["auroc"] > scores["baseline/auroc"] + 0.1, scores
 
 
+@pytest.mark.slow
 def test_causes_of_the_variance_are_found_by_likelihood_alone_and_told_apart_by_two_graphs():
     mean, likelihood, dual = (
         trained(name, "standin/mixed_100", epochs=3, batch_size=64) for name in ("mixed", "mixed_nll", "mixed_dual")

@@ -183,7 +183,11 @@ def test_as_an_nnx_module_it_equals_the_linen_one(slug, how):
     chex.assert_trees_all_close(apply(variables, batch), outputs, atol=1e-5, rtol=1e-5)
 
 
-@each_paper
+# Their programs for eight devices take longest to compile.
+HEAVY = {"attention_mamba", "gelgt", "mamba_complete_3d", "optnet", "social_mamba", "spine_context_resunet"}
+
+
+@pytest.mark.parametrize("slug", [pytest.param(s, marks=[pytest.mark.slow] if s in HEAVY else []) for s in SLUGS])
 def test_eight_devices_compute_the_steps_of_one(slug):
     states, losses = trained(slug)
     _, step = training(slug, "data=2,fsdp=2,tensor=2", 8)
