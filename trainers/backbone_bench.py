@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +41,13 @@ def bench_backbones(
     names = [word.partition(":") for word in only or [entry.name for entry in zoo.backbones(status="works")]]
     chosen = [(zoo.backbone(name), config or "tiny") for name, _, config in names]
     chosen = [(record, name, record.config(name)) for record, name in chosen]
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size} must be at least 1")
+    for option, size in {"batch-size": batch_size, "length": length, "image-size": image_size}.items():
+        if size is not None and size < 1:
+            raise UserError(f"--{option} {size} must be at least 1")
+    cases = [
+        (record, name, *_inputs(record, name, config, batch_size, length, image_size, jnp.dtype(dtype)))
+        for record, name, config in chosen
+    ]
     output = output_folder(output)
     console.print(
         f"{jax.devices()[0].device_kind}, {dtype}\n{'backbone':<40}{'parameters':>15}  {'pass':<18}{'ms':>11}"
@@ -50,13 +56,8 @@ def bench_backbones(
         soft_wrap=True,
     )
     rows = []
-    for record, name, config in chosen:
-        model, kind = record.model(config), jnp.dtype(dtype)
-        wanted = {"length": length, "image_size": image_size}
-        sizes = {k: v for k, v in wanted.items() if v and k in inspect.signature(record.example).parameters}
-        given = record.example(config, batch_size=batch_size, key=jax.random.key(0), **sizes)
-        given = _cast(given, kind)
-        variables = _cast(_drawn(variable_shapes(record, model)), kind)
+    for record, name, model, needed, given in cases:
+        variables = _drawn(needed)
         count = sum(x.size for x in jax.tree.leaves(variables["params"]))
         shapes = ", ".join(f"{k} {'x'.join(map(str, np.shape(v)))}" for k, v in given.items() if np.ndim(v))
 
@@ -104,8 +105,24 @@ def bench_backbones(
     return rows
 
 
-def _cast(tree: Any, kind: jnp.dtype) -> Any:
-    return jax.tree.map(lambda x: x.astype(kind) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+def _inputs(record, name, config, batch_size, length, image_size, kind) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """(model, shapes of its variables, arguments of its call), found to fit one another before anything is timed."""
+    model, wanted = record.model(config), {"length": length, "image_size": image_size}
+    sizes = {k: v for k, v in wanted.items() if v is not None and k in inspect.signature(record.example).parameters}
+
+    def cast(x: Any) -> Any:
+        return x.astype(kind) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    given = jax.tree.map(cast, record.example(config, batch_size=batch_size, key=jax.random.key(0), **sizes))
+    needed = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, kind) if jnp.issubdtype(s.dtype, jnp.floating) else s,
+        variable_shapes(record, model),
+    )
+    try:
+        jax.eval_shape(lambda variables, given: model.apply(variables, **given), needed, given)
+    except ValueError as error:
+        raise UserError(f"{record.name} {name} does not take these inputs: {error}") from error
+    return model, needed, given
 
 
 def _drawn(shapes: Mapping[str, Any]) -> Any:

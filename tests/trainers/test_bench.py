@@ -117,6 +117,8 @@ def test_backbones_are_timed_forward_and_with_gradients(tmp_path, capsys):
         (["--only", "lama"], "no backbone is called 'lama'; did you mean 'llama'"),
         (["--only", "resnet:resnet5"], "backbone_resnet has no config 'resnet5'; did you mean 'resnet50'"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--only", "bert", "--length", "99"], "bert tiny does not take these inputs: texts of 99 tokens are longer"),
+        (["--length", "0"], "--length 0 must be at least 1"),
         (["--output", "file"], "--output file cannot be written (File exists): choose another folder"),
     ],
 )

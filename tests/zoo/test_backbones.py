@@ -232,3 +232,11 @@ def test_goes_to_the_official_layout_and_back(name):
     again, restored = zoo.from_official(record.slug, record.bridge().hparams(model.config), official)
     assert again.config == model.config
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(variables))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "clip"])
+def test_texts_longer_than_the_table_of_positions_are_refused(name):
+    _, model, example, variables, _ = built(name)
+    long = example | {"input_ids": jnp.full((1, 100), 5)}
+    with pytest.raises(ValueError, match="texts of 100 tokens are longer than"):
+        jax.eval_shape(lambda: model.apply(variables, **long))

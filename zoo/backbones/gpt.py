@@ -186,6 +186,8 @@ class Model(nn.Module):
         offset = None if cache is None else cache[0].length
         positions, _ = causal.padding_positions(x.shape[:2], present, positions, offset)
         if c.position_offset is not None:
+            if present is None and x.shape[1] > c.max_positions:
+                raise ValueError(f"texts of {x.shape[1]} tokens are longer than max_positions {c.max_positions}")
             table = nn.Embed(c.max_positions + c.position_offset, c.hidden_size, name="positions")
             x = x + table(positions + c.position_offset)
         angles = layers.rope_angles(positions, layers.rope_frequencies(c.rotary_dim)) if c.rotary_dim else None

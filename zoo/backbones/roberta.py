@@ -118,6 +118,9 @@ class Model(nn.Module):
         c = self.config
         embedding = nn.Embed(c.vocab_size, c.hidden_size, name="embedding")
         real = input_ids != c.pad_token_id
+        longest = c.max_positions - (c.pad_token_id + 1 if c.real_positions else 0)
+        if positions is None and input_ids.shape[1] > longest:
+            raise ValueError(f"texts of {input_ids.shape[1]} tokens are longer than the {longest} positions")
         if positions is None and c.real_positions:
             positions = jnp.cumsum(real, axis=-1) * real + c.pad_token_id
         elif positions is None:
