@@ -103,13 +103,9 @@ TOWERS = [f"--model.{tower}-layers=1" for tower in ("temporal", "goal", "ego", "
 )
 def test_two_processes_train_a_scan_and_a_convolution(slug, mesh, smaller, tmp_path, cache):
     words = ["train", slug, "--log-every", "5", *SHORT, "--batch-size", "32", *smaller]
-    runs = [
-        start(tmp_path / "one", cache, "--mesh", "data=1", words=words),
-        start(tmp_path / "two", cache, "--mesh", mesh, count=2, words=words),
-    ]
-    for run in runs:
-        codes, outputs = finish(run)
-        assert codes == [0] * len(run), outputs
+    for name, axes, count in (("one", "data=1", 1), ("two", mesh, 2)):
+        codes, outputs = finish(start(tmp_path / name, cache, "--mesh", axes, count=count, words=words), timeout=600)
+        assert codes == [0] * count, outputs
     agree(tmp_path / "two", tmp_path / "one")
 
 

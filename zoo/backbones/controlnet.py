@@ -95,9 +95,9 @@ class Model(nn.Module):
         return Residuals(tuple(mapped[:-1]), mapped[-1])
 
 
-def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:
+def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int | None = None) -> dict[str, jax.Array]:
     keys = jax.random.split(key)
-    given = sd_unet.example(config.unet, batch_size=batch_size, key=keys[0])
+    given = sd_unet.example(config.unet, batch_size=batch_size, key=keys[0], image_size=image_size)
     scale = 2 ** (len(config.image_widths) - 1)
     size = tuple(scale * n for n in given["latents"].shape[1:3])
     return given | {"image": jax.random.normal(keys[1], (batch_size, *size, config.image_channels))}

@@ -122,9 +122,11 @@ class Model(nn.Module):
         return value[top : top + grid[0], left : left + grid[1]].reshape(-1, width)
 
 
-def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:
+def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int | None = None) -> dict[str, jax.Array]:
+    """Latents have an eighth of the picture's pixels along each side."""
     keys = jax.random.split(key, 4)
-    size = (min(config.sample_size, config.max_positions * config.patch_size),) * 2
+    size = min(config.sample_size, config.max_positions * config.patch_size) if image_size is None else image_size // 8
+    size = (size, size)
     return {
         "latents": jax.random.normal(keys[0], (batch_size, *size, config.in_channels)),
         "timestep": jax.random.randint(keys[1], (batch_size,), 0, 1000),

@@ -281,9 +281,10 @@ class Model(nn.Module):
         return Output(convolution(c.out_channels, "last")(x))
 
 
-def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:
+def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int | None = None) -> dict[str, jax.Array]:
+    """Latents have an eighth of the picture's pixels along each side."""
     keys = jax.random.split(key, 4)
-    size = (2 ** len(config.channels),) * 2
+    size = (2 ** len(config.channels) if image_size is None else image_size // 8,) * 2
     given = {
         "latents": jax.random.normal(keys[0], (batch_size, *size, config.in_channels)),
         "timestep": jax.random.randint(keys[1], (batch_size,), 0, 1000),

@@ -209,8 +209,10 @@ class Model(nn.Module):
         return Output(nn.Conv(c.out_channels, (1,) * c.axes, name="head")(x), tuple(stages))
 
 
-def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:
+def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int | None = None) -> dict[str, jax.Array]:
     size = tuple(2 * p**5 for p in config.patch_size) if config.decoder else (16,) * config.axes
+    if image_size is not None:
+        size = (image_size,) * config.axes
     return {"images": jax.random.normal(key, (batch_size, *size, config.in_channels))}
 
 

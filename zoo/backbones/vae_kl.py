@@ -170,8 +170,8 @@ class Model(nn.Module):
         return self.decoder(self.latents(latents) if self.config.map_latents else latents)
 
 
-def example(config: Config, *, batch_size: int, key: jax.Array) -> dict[str, jax.Array]:
-    size = 2 ** (len(config.channels) + 1)
+def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int | None = None) -> dict[str, jax.Array]:
+    size = 2 ** (len(config.channels) + 1) if image_size is None else image_size
     return {"images": jax.random.normal(key, (batch_size, size, size, config.in_channels))}
 
 
