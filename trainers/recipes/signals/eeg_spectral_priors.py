@@ -29,7 +29,7 @@ def _official(config: str, data: str, *, batch_size: int = 32) -> Recipe:
         batch_size=batch_size,
         epochs=100,
         seed=41,
-        optimizer=Optimizer(name="adam", learning_rate=1e-4, schedule="constant", average_decay=0.999),
+        optimizer=Optimizer(name="adam", learning_rate=1e-4, schedule="constant", clip_norm=4.0, average_decay=0.999),
         evaluation=Evaluation(patience=10),
     )
 
