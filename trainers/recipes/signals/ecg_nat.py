@@ -14,14 +14,36 @@ from trainers.recipe import Optimizer, Recipe
 _NO_DECAY = r"(^|/)(bias|scale|relative_positions|gain\d|positions|mask_token)$"
 
 
-def _fine_tune(config: str, *, epochs: int, batch_size: int = 128, learning_rate: float = 5e-4) -> Recipe:
+def _layer_decay(depths: tuple[int, ...], decay: float = 0.75) -> dict[str, float]:
+    """Rates of fine-tuning: the head's is 1, a layer's `decay` times that of the next; a level takes its end along."""
+    layers, rates = [(level, layer) for level, depth in enumerate(depths) for layer in range(depth)], {}
+    for before, (level, layer) in enumerate(reversed(layers), start=1):
+        rates[f"encoder/level_{level}_{layer}/"] = decay**before
+        if layer == depths[level] - 1 and level < len(depths) - 1:
+            rates[f"encoder/down_(norm_)?{level}/"] = decay**before
+    return rates | {"encoder/tokenizer": decay ** (len(layers) + 1)}
+
+
+def _fine_tune(
+    config: str,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float = 5e-4,
+    depths: tuple[int, ...] = (),
+) -> Recipe:
     return Recipe(
         paper="ecg_nat",
         config=config,
         batch_size=batch_size,
         epochs=epochs,
         optimizer=Optimizer(
-            name="adamw", learning_rate=learning_rate, schedule="cosine", weight_decay=0.05, no_decay=_NO_DECAY
+            name="adamw",
+            learning_rate=learning_rate,
+            schedule="cosine",
+            weight_decay=0.05,
+            no_decay=_NO_DECAY,
+            rates=_layer_decay(depths) if depths else {},
         ),
     )
 
@@ -42,8 +64,8 @@ def _pretrain(config: str, *, epochs: int, batch_size: int = 256, warmup_steps: 
 RECIPES = {
     "tiny": _fine_tune("tiny", epochs=20, batch_size=32, learning_rate=2e-3),
     "tiny_pretrain": _pretrain("tiny_pretrain", epochs=100, batch_size=64, warmup_steps=100),
-    "small": _fine_tune("small", epochs=50),
+    "small": _fine_tune("small", epochs=50, depths=(2, 2, 6, 2)),
     "small_pretrain": _pretrain("small_pretrain", epochs=100, warmup_steps=40),
-    "mini": _fine_tune("mini", epochs=50),
+    "mini": _fine_tune("mini", epochs=50, depths=(3, 4, 6, 5)),
     "mini_pretrain": _pretrain("mini_pretrain", epochs=100, warmup_steps=40),
 }
