@@ -2,8 +2,14 @@
 
 zoo train ecg_nat
 zoo train ecg_nat --config tiny_pretrain --workdir runs/pretrained
-zoo train ecg_nat --data standin@5 --batch-size 25 --init-from runs/pretrained --workdir runs/few
+zoo train ecg_nat --data standin@5 --batch-size 25 --epochs 100 --init-from runs/pretrained --workdir runs/few
 
+Measured on one core of two shared ones (AMD EPYC), jax 0.10.2, float32. tiny, 620 steps: accuracy 0.992 on test
+records, any one class 0.200; 157 CPU seconds, 51 of them to compile. tiny_pretrain, 1,500 steps without labels: a
+linear probe has 0.746; 516 CPU seconds. Five labels a class, 100 steps, evaluated every tenth: 0.860 from those weights
+and 0.614 from scratch.
+small and mini are the card's fine-tuning, with its layer decay, of weights of small_pretrain and mini_pretrain; none of
+these has been run.
 The best weights of pre-training are those whose linear probe is best on the validation part.
 The paper's abstract has 88.1 % with 1 % of the labels of a set it does not name; PTB-XL and CPSC2018 are not at hand.
 """
