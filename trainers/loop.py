@@ -400,7 +400,9 @@ def score_table(run: Run, scores: dict[str, float], title: str):
         table.add_column(metric, justify="right")
     table.add_row(run.recipe.paper, *(f"{scores[f'test/{m}']:.4f}" for m in metrics))
     for name in task.baselines:
-        table.add_row(name.replace("_", " "), *(f"{scores[f'test/{name}/{m}']:.4f}" for m in metrics))
+        # A baseline may lack some: the last echo says nothing of what the camera sees.
+        found = [scores.get(f"test/{name}/{m}") for m in metrics]
+        table.add_row(name.replace("_", " "), *("-" if score is None else f"{score:.4f}" for score in found))
     return table
 
 

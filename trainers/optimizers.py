@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,10 +52,8 @@ def _one_cycle(step, total_steps: int):
 def make_optimizer(o: Optimizer, *, total_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """The transformation of these settings; with `average_decay` its state holds the averaged weights too."""
     rate = learning_rate(o, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    try:
-        no_decay = re.compile(o.no_decay)
-    except re.error as error:
-        raise UserError(f"--optimizer.no-decay {o.no_decay!r} is not a regular expression: {error}") from error
+    no_decay = _pattern("no-decay", o.no_decay)
+    rates = [(_pattern("rates", pattern), factor) for pattern, factor in o.rates.items()]
     if o.average_decay is not None and not 0 < o.average_decay < 1:
         raise UserError(f"--optimizer.average-decay must lie between 0 and 1, not {o.average_decay}")
 
@@ -85,9 +84,26 @@ def make_optimizer(o: Optimizer, *, total_steps: int, steps_per_epoch: int) -> o
     }[o.name]()  # fmt: skip
     steps = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
     steps.append(update)
+    if rates:
+        steps.append(optax.stateless(partial(_at_rates, rates)))
     if o.average_decay is not None:
         steps.append(_average(o.average_decay))
     return optax.chain(*steps) if len(steps) > 1 else update
+
+
+def _pattern(option: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(f"--optimizer.{option} {text!r} is not a regular expression: {error}") from error
+
+
+def _at_rates(rates: list[tuple[re.Pattern[str], float]], updates: Any, params: Any) -> Any:
+    def one(path, update):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return update * next((factor for pattern, factor in rates if pattern.search(name)), 1.0)
+
+    return jax.tree_util.tree_map_with_path(one, updates)
 
 
 class _Average(NamedTuple):

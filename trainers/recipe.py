@@ -58,6 +58,8 @@ class Optimizer:
     """Decoupled weight decay (adamw, lion, muon); inside the corrected step (meta_adamw)."""
     no_decay: str = r"(^|/)(bias|scale)$"
     """Parameters whose path this regular expression finds are not decayed."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Multiples of the learning rate: of a parameter, that of the first regular expression that its path has in it."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global norm."""
     meta: Literal["tiny", "etth1", "wikitext2", "multi30k", "cifar10", "imdb"] = "etth1"

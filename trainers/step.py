@@ -92,12 +92,15 @@ def make_program(
     precision: str = "float32",
     rules: Sequence[Rule] = DEFAULT_RULES,
     accumulate: int = 1,
+    own_gradients: bool = False,
     layers: Execution | None = None,
     constants: Mapping[str, Any] | None = None,
 ) -> Program:
     """Builds the functions for one model on one mesh; nothing is compiled before its first call.
 
-    Every state begins with `constants`, the data's (see `zoo.Paper`), in the place of those that the model makes.
+    Every state begins with `constants`, the data's (see `zoo.Paper`), in the place of those that the model makes. An
+    optimiser with `own_gradients` takes those of `objective` and ignores the step's, which are then not computed: the
+    norm that is logged is that of its updates.
     """
     low = jnp.bfloat16 if precision == "bfloat16" else None
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
@@ -203,7 +206,7 @@ def make_program(
             gradients, state.opt_state, state.params, **extras
         )
         params = optax.apply_updates(state.params, updates)
-        scalars["grad_norm"] = optax.global_norm(gradients)
+        scalars["grad_norm"] = optax.global_norm(updates if own_gradients else gradients)
         return TrainState(state.step + 1, params, updated, opt_state), scalars
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
@@ -328,6 +331,7 @@ def recipe_program(
             precision=recipe.precision,
             rules=recipe_rules(recipe.rules),
             accumulate=recipe.accumulate,
+            own_gradients=recipe.optimizer.name == "fed_frozen",
             layers=Execution(recipe.remat, recipe.scan_layers),
             constants=constants,
         )

@@ -8,6 +8,8 @@ import pytest
 
 import zoo
 from trainers.data.beam_tracking import flight_standin, load_beam_tracking, paint, project
+from trainers.loop import Run, score_table
+from trainers.recipe import recipe_for
 from zoo.tasks.beam_tracking import OFFSET, SPAN, beam_probes, codebook, denormalize, echo_hold, kalman_filter, metrics
 
 SIZES = {"data_dir": None, "lookback": 7, "image_size": (64, 62)}
@@ -126,3 +128,13 @@ def test_metrics_are_in_degrees(data):
     chex.assert_trees_all_close(scores["mse"], jnp.full(5, 2.5), rtol=1e-3)
     chex.assert_trees_all_close(scores["mae"], jnp.full(5, 1.5), rtol=1e-3)
     chex.assert_trees_all_close(scores["camera_mse"], jnp.full(5, 0.5), rtol=1e-3)
+
+
+def test_the_table_of_scores_leaves_out_what_a_baseline_lacks():
+    """The last echo says nothing of what the camera sees."""
+    run = object.__new__(Run)  # of a whole run, the table takes these two
+    for name, value in (("recipe", recipe_for("camera_isac")), ("paper", zoo.paper("camera_isac"))):
+        object.__setattr__(run, name, value)
+    scores = {"test/mse": 1.0, "test/camera_mse": 2.0, "test/echo_hold/mse": 3.0, "test/kalman/mse": 4.0}
+    cells = [list(column.cells) for column in score_table(run, scores, "").columns]
+    assert cells[1:] == [["1.0000", "3.0000", "4.0000"], ["2.0000", "-", "-"]]

@@ -190,9 +190,25 @@ def test_biases_and_scales_are_not_decayed():
     np.testing.assert_allclose(updates["dense"]["bias"], 0.0)
 
 
+def test_the_first_pattern_that_fits_scales_the_rate():
+    optimizer = make_optimizer(
+        Optimizer(name="sgd", learning_rate=1.0, b1=0, schedule="constant", rates={"encoder/in": 0.1, "encoder": 0.5}),
+        total_steps=10,
+        steps_per_epoch=10,
+    )
+    params = {"encoder": {"in": jax.numpy.ones(2), "out": jax.numpy.ones(2)}, "head": jax.numpy.ones(2)}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    found = {name: float(value[0]) for name, value in {**updates["encoder"], "head": updates["head"]}.items()}
+    assert found == pytest.approx({"in": -0.1, "out": -0.5, "head": -1.0})
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"no_decay": "("}, "is not a regular expression"), ({"average_decay": 1.5}, "between 0 and 1, not 1.5")],
+    [
+        ({"rates": {"(": 1.0}}, "--optimizer.rates '.' is not a regular expression"),
+        ({"no_decay": "("}, "is not a regular expression"),
+        ({"average_decay": 1.5}, "between 0 and 1, not 1.5"),
+    ],
 )
 def test_wrong_options_are_one_sentence(options, sentence):
     with pytest.raises(zoo.UserError, match=sentence):

@@ -260,6 +260,26 @@ def test_the_penalty_is_an_option_of_the_hits_loss(setting):
     chex.assert_trees_all_close(event_losses(other, outputs, batch)["hits"], expected, rtol=1e-5)
 
 
+def test_how_far_domains_are_apart_is_what_pairs_and_histograms_say():
+    rng = np.random.default_rng(3)
+    domain, event = np.arange(400) % 2, rng.integers(0, 2, 400)
+    logit = rng.normal(size=400) + domain
+    outputs = {"event": np.stack([np.zeros(400), logit], axis=1), "domain": np.stack([logit, -domain], axis=1)}
+    batch = {"domain": jnp.asarray(domain), "event": jnp.asarray(event)}
+    found = event_reconstruction.report(outputs, batch)
+    pairs = [a > b for a in logit[domain == 1] for b in logit[domain == 0]]
+    assert found["domain_auroc"] == pytest.approx((np.mean(pairs) + 0) / 2)  # the second is always wrong
+    shares = []
+    for kind in (1, 0):
+        bins = np.floor(20 / (1 + np.exp(-logit[domain == kind]))).astype(int)
+        shares.append((np.bincount(bins, minlength=20) + 0.5) / 210)
+    assert found["domain_kl"] == pytest.approx(np.sum(shares[0] * np.log(shares[0] / shares[1])))
+    assert found["measured_accuracy"] == np.mean((logit > 0)[domain == 1] == event[domain == 1])
+    plain = event_reconstruction.report({"event": outputs["event"]}, batch)
+    assert np.isnan(plain["domain_auroc"])
+    assert event_reconstruction.report(outputs, batch | {"domain": 0 * batch["domain"]}) == {}
+
+
 @pytest.mark.parametrize("background", [0.01, 0.001])
 def test_exposure_is_what_a_sort_says(background):
     rng = np.random.default_rng(1)

@@ -252,7 +252,7 @@ def program():
     batch = PAPER.example(model.config, batch_size=16, key=KEY)
     optimizer = fed_frozen(Settings(1, learning_rate=0.1, weight_decay=0.01), local_steps=2)
     mesh = make_mesh("data=1", batch_size=16, devices=jax.devices()[:1])
-    sizes = {"seed": 0, "batch_size": 16, "max_steps": 3, "eval_batch_size": 16}
+    sizes = {"seed": 0, "batch_size": 16, "max_steps": 3, "eval_batch_size": 16, "own_gradients": True}
     return model, batch, make_program(PAPER, model, optimizer, mesh, **sizes)
 
 

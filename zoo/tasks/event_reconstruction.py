@@ -8,7 +8,7 @@ Output: a dictionary with `event` (B, 2), logits; `hits` (B, N, 2), logits of no
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TASK", "charge_and_slope", "cherenkov_time", "example", "exposure_at_suppression", "focal_loss", "loss", "metrics",
-    "pad", "picture", "suppression_at_exposure",
+    "pad", "picture", "report", "suppression_at_exposure",
 ]  # fmt: skip
 
 _REFRACTION = 1.37  # of sea- and lake water, n
@@ -122,6 +122,31 @@ def suppression_at_exposure(score: np.ndarray, label: np.ndarray, *, exposure: f
     return float(1 / max(np.mean(score[label == 0] >= cut), 1e-12))
 
 
+def report(outputs: Mapping[str, Any], batch: Batch) -> dict[str, float]:
+    """Of a split with simulated and measured events: how well the model's domain classifiers tell them apart (area
+    under the ROC curve, the mean over `domain` (B, D); NaN without any), how far the neutrino's probability is from
+    having the same distribution in both (Kullback-Leibler divergence of measured from simulated, histograms of 20 bins
+    with half an event more in each), and the accuracy on measured events."""
+    measured = np.asarray(batch["domain"]) == 1
+    if measured.all() or not measured.any():
+        return {}
+    event = np.asarray(outputs["event"], np.float64)
+    chance = 1 / (1 + np.exp(np.clip(event[:, 0] - event[:, 1], -50, 50)))
+    counts = [np.histogram(chance[chosen], bins=20, range=(0, 1))[0] + 0.5 for chosen in (measured, ~measured)]
+    there, here = (count / count.sum() for count in counts)
+    areas = [np.nan]
+    if "domain" in outputs:
+        score = np.asarray(outputs["domain"], np.float64)
+        higher = score[measured][:, None] - score[~measured][None]
+        areas = np.mean((higher > 0) + 0.5 * (higher == 0), axis=(0, 1))
+    right = np.argmax(event, axis=1) == np.asarray(batch["event"])
+    return {
+        "domain_auroc": float(np.mean(areas)),
+        "domain_kl": float(np.sum(there * np.log(there / here))),
+        "measured_accuracy": float(np.mean(right[measured])),
+    }
+
+
 def example(*, num_hits: int, batch_size: int, key: jax.Array) -> Batch:
     """Random hits; every other event has fewer of them, and every fourth one is measured."""
     keys = jax.random.split(key, 6)
@@ -192,4 +217,5 @@ TASK = Task(
     pad=pad,
     picture=picture,
     picture_name="events.png",
+    report=report,
 )
