@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from layers.activations import *
     from layers.clifford import *
+    from layers.convolution import *
     from layers.coresets import *
     from layers.curves import *
     from layers.delta import *
@@ -80,6 +81,7 @@ _MODULES = {
         "pga_reverse",
         "pga_sandwich",
     ),
+    "convolution": ("conv_general_dilated",),
     "coresets": (
         "attention_coreset",
         "attention_gram",

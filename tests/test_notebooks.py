@@ -24,7 +24,7 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("ZOO_STEPS", "2")  # of the rooms' models, whose own recipes are measured elsewhere
     notebook = nbformat.read(path, as_version=4)
     assert not [cell for cell in notebook.cells if cell.get("outputs")]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(shown) >= 2, "at least a result and an attention map"
 

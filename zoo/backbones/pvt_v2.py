@@ -22,6 +22,7 @@ from zoo.backbones import causal
 from zoo.backbones.hooks import AttentionHook, Layer, attend, plain_attention, show
 from zoo.backbones.timm import timm_settings
 from zoo.blocks import Linear, stack
+from zoo.blocks.basic import DepthwiseConv
 from zoo.errors import UserError
 from zoo.paper import Official
 from zoo.weights.table import Table, conv, fused_linear, layer_norm, linear
@@ -106,7 +107,7 @@ class PyramidLayer(nn.Module):
         hidden = int(width * c.mlp_ratios[self.stage])
         y = Linear(hidden, name="fc1")(_norm(c.norm_epsilon, "mlp_norm")(x))
         y = jax.nn.relu(y) if c.linear else y
-        y = nn.Conv(hidden, (3, 3), padding=1, feature_group_count=hidden, name="depthwise")(y)
+        y = DepthwiseConv(3, name="depthwise")(y)
         return x + Linear(width, name="fc2")(layers.gelu(y))
 
 
@@ -123,8 +124,9 @@ class Model(nn.Module):
         for stage, width in enumerate(c.widths):
             kernel, stride = (3, 2) if stage else (7, 4)
             embedding = nn.Conv(
-                width, (kernel, kernel), strides=stride, padding=kernel // 2, name=f"stage{stage}_embedding"
-            )
+                width, (kernel, kernel), strides=stride, padding=kernel // 2, name=f"stage{stage}_embedding",
+                conv_general_dilated=layers.conv_general_dilated,
+            )  # fmt: skip
             x = _norm(c.embedding_norm_epsilon, f"stage{stage}_embedding_norm")(embedding(x))
             for first, number in causal.runs(c.depths[stage], lambda i: None, self.attention):
                 layer = Layer(index + first, f"stage{stage}_layer_{first}/attention")

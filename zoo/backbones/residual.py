@@ -16,7 +16,10 @@ __all__ = ["ResidualBlock", "convolution", "enlarged", "group_norm", "residual_t
 
 def convolution(channels: int, name: str, *, kernel: int = 3, stride: int = 1) -> nn.Conv:
     """Every pixel stays in the middle of its kernel."""
-    return nn.Conv(channels, (kernel, kernel), strides=stride, padding=kernel // 2, name=name)
+    return nn.Conv(
+        channels, (kernel, kernel), strides=stride, padding=kernel // 2,
+        conv_general_dilated=layers.conv_general_dilated, name=name,
+    )  # fmt: skip
 
 
 def group_norm(groups: int, epsilon: float, name: str) -> nn.GroupNorm:

@@ -132,7 +132,8 @@ def _convolution(channels: int, kernel: int, name: str, *, stride: int = 1, dila
     padding = (stride - 1 + dilation * (kernel - 1)) // 2
     return nn.Conv(
         channels, (kernel, kernel), strides=stride, padding=padding, kernel_dilation=dilation,
-        feature_group_count=groups, use_bias=False, kernel_init=he_normal_out, name=name,
+        feature_group_count=groups, use_bias=False, kernel_init=he_normal_out,
+        conv_general_dilated=layers.conv_general_dilated, name=name,
     )  # fmt: skip
 
 

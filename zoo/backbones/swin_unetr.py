@@ -120,7 +120,12 @@ class ResidualBlock(nn.Module):
 
         def part(number: int, y: Float[Array, "B *S C"], kernel: int = 3) -> Float[Array, "B *S D"]:
             convolution = nn.Conv(
-                self.channels, (kernel,) * c.axes, padding=kernel // 2, use_bias=False, name=f"conv{number}"
+                self.channels,
+                (kernel,) * c.axes,
+                padding=kernel // 2,
+                use_bias=False,
+                conv_general_dilated=layers.conv_general_dilated,
+                name=f"conv{number}",
             )
             return InstanceNorm(c, name=f"norm{number}")(convolution(y))
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+import layers
 from zoo.backbone import Backbone
 from zoo.backbones.diffusers import supported_arguments
 from zoo.backbones.encoder import Attention, LayerConfig, projections
@@ -112,7 +113,10 @@ class Encoder(nn.Module):
             if level + 1 < len(c.channels):
                 # The last row and column are seen less often than the first ones.
                 ends = ((0, 1), (0, 1))
-                x = nn.Conv(channels, (3, 3), strides=2, padding=ends, name=f"down{level}_halve")(x)
+                x = nn.Conv(
+                    channels, (3, 3), strides=2, padding=ends, name=f"down{level}_halve",
+                    conv_general_dilated=layers.conv_general_dilated,
+                )(x)  # fmt: skip
         x = _middle(self, c, self.hook, x, "encoder", 0)
         x = jax.nn.silu(group_norm(c.num_groups, c.norm_epsilon, "norm")(x))
         return convolution(2 * c.latent_channels, "last")(x)

@@ -91,7 +91,10 @@ class Model(nn.Module):
 
 
 def _convolution(channels: int, kernel: int, name: str, padding: str = "SAME") -> nn.Conv:
-    return nn.Conv(channels, (kernel, kernel), padding=padding, kernel_init=he_normal_out, name=name)
+    return nn.Conv(
+        channels, (kernel, kernel), padding=padding, kernel_init=he_normal_out,
+        conv_general_dilated=layers.conv_general_dilated, name=name,
+    )  # fmt: skip
 
 
 def example(config: Config, *, batch_size: int, key: jax.Array, image_size: int = 32) -> dict[str, jax.Array]:

@@ -83,7 +83,10 @@ def _resized(x: Float[Array, "B h w C"], size: tuple[int, ...]) -> Float[Array, 
 
 def _convolution(features: int, kernel: int, inputs: int, name: str) -> nn.Conv:
     start = torch_uniform(kernel**2 * inputs)
-    return nn.Conv(features, (kernel, kernel), padding=kernel // 2, use_bias=False, kernel_init=start, name=name)
+    return nn.Conv(
+        features, (kernel, kernel), padding=kernel // 2, use_bias=False, kernel_init=start,
+        conv_general_dilated=layers.conv_general_dilated, name=name,
+    )  # fmt: skip
 
 
 class ConvNorm(nn.Module):

@@ -48,8 +48,9 @@ def _convolution(features: int, inputs: int, name: str, dilation: int = 1) -> nn
     """3x3x3, with as many zeros around the volume as keep its size."""
     start = torch_uniform(27 * inputs)
     return nn.Conv(
-        features, (3, 3, 3), padding=dilation, kernel_dilation=dilation, kernel_init=start, bias_init=start, name=name
-    )
+        features, (3, 3, 3), padding=dilation, kernel_dilation=dilation, kernel_init=start, bias_init=start,
+        conv_general_dilated=layers.conv_general_dilated, name=name,
+    )  # fmt: skip
 
 
 class ResidualBlock(nn.Module):
