@@ -9,6 +9,9 @@ compiling; `--config var --data standin` 0.996 (0.895); `--config lorenz_10_500 
 0.999 (0.758); `--config mixed --epochs 5 --batch-size 64` 0.58 (0.52), since all causes are of the variance, mixed_nll
 0.999, and mixed_dual 0.999 with the kind of every edge right. With weights of 2 to 3 on the variance, those of the
 paper, 63 % of the values lie at the cut, and mixed_nll finds 0.57. The paper's tables could not be had.
+A training step of lorenz_10_500 (batch 32, N = 10) takes 7.5 to 8.4 ms, of a plain PyTorch equivalent, torch 2.13, in
+the same minutes 16 to 28 ms (2.2 to 3.4 times); of dream_ecoli1 (N = 100) 64 to 73 ms and 62 to 75 ms: four narrow
+heads of 100 variables are softmax and memory, not products. The sets of the literature have not been run.
 """
 
 from trainers.recipe import Evaluation, Optimizer, Recipe

@@ -4,9 +4,13 @@ zoo train xctformer [--config etth1 --data ett_h1 --data-dir <folder with ETTh1.
 zoo train xctformer --config tiny_imputation
 zoo train xctformer --config smap --data smap_msl/SMAP --data-dir <folder with train, test and the table of labels>
 
-Measured on two shared CPU cores (AMD EPYC, others at work on them), jax 0.10.2, float32, on the stand-ins, in all:
-tiny, 34 s, test MSE 0.044 (repeating the last value 1.842); tiny_anomaly, 55 s, AUROC of steps 0.780 and adjusted F1
-0.738 (distance from the window's mean 0.495 and 0.200).
+Measured on two shared CPU cores (AMD EPYC), jax 0.10.2, float32.
+Stand-ins: tiny, 34 s, test MSE 0.044 (repeating the last value 1.842); tiny_anomaly, 55 s, AUROC of steps 0.780 and
+adjusted F1 0.738 (distance from the window's mean 0.495 and 0.200).
+ETTh1, 96 steps from 96, 10 epochs on one core: test MSE 0.388 and MAE 0.400 (repeating the last value 1.294 and 0.713).
+The paper's tables of forecasts and anomalies could not be had.
+A training step at the paper's config of ETTh1 (batch 32, L = 96): 7.4 to 9.3 ms; the official code, torch 2.13, same
+minutes: 17.8 to 18.9 ms (2.0 to 2.4 times).
 """
 
 from trainers.recipe import Evaluation, Optimizer, Recipe
