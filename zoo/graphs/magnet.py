@@ -97,15 +97,23 @@ class BlockAttention(nn.Module):
         return Linear(c.d_model, use_bias=False, name="out")(fused), weights
 
 
-@jax.checkpoint  # the (B, N, N, D) messages are made again in the backward pass instead of kept
+_PATIENTS = 4  # whose messages are looked at at once: those of all, (B, N, N, D), do not fit a cache
+
+
 def _mean_message(
     sent: Float[Array, "B N D"], edge: Float[Array, " D"], graph: Float[Array, "B N N"]
 ) -> Float[Array, "B N D"]:
     """Mean over the edges j -> i of ReLU(s_j + a_ij w)."""
     linked = graph > 0
-    messages = jax.nn.relu(sent[:, None] + graph[..., None] * edge)
-    total = jnp.sum(jnp.where(linked[..., None], messages, 0), axis=2)
-    return total / jnp.maximum(jnp.sum(linked, axis=2), 1)[..., None].astype(total.dtype)
+    shares = linked / jnp.maximum(jnp.sum(linked, axis=2, keepdims=True), 1).astype(sent.dtype)
+
+    @jax.checkpoint  # messages are made again in the backward pass instead of kept
+    def mean(row: tuple[Float[Array, "B N"], Float[Array, "B N"]]) -> Float[Array, "B D"]:
+        weights, share = row
+        return jnp.einsum("bj,bjd->bd", share, jax.nn.relu(sent + weights[..., None] * edge))
+
+    rows = jnp.moveaxis(graph, 1, 0), jnp.moveaxis(shares, 1, 0)
+    return jnp.moveaxis(jax.lax.map(mean, rows, batch_size=_PATIENTS), 0, 1)
 
 
 class EdgeSage(nn.Module):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 import layers
 from zoo.blocks import Dropout, Linear
-from zoo.blocks.basic import torch_uniform
+from zoo.blocks.basic import matmul, torch_uniform
 from zoo.paper import Official, Paper
 from zoo.tasks import recommendation
 from zoo.tasks.task import Batch
@@ -96,9 +96,18 @@ class ItemEncoder(nn.Module):
             attributes, index = table, items
         else:
             attributes, index = table[items.reshape(-1)], jnp.arange(items.size).reshape(items.shape)
-        attributes = Linear(4 * c.hidden_dim, name="attributes")(attributes.astype(contexts.dtype))
-        moment = Linear(c.hidden_dim, name="context")(contexts)
-        both = JoinedLinear(4 * c.hidden_dim, name="attributes_context")(attributes, index, moment)
+        attributes = attributes.astype(contexts.dtype)
+        of_attributes, bias = Weights(4 * c.hidden_dim, name="attributes")(c.num_attributes)
+        of_context, context_bias = Weights(c.hidden_dim, name="context")(c.num_contexts)
+        joint, joint_bias = Weights(4 * c.hidden_dim, name="attributes_context")(5 * c.hidden_dim)
+        first, second = joint[: 4 * c.hidden_dim], joint[4 * c.hidden_dim :]
+        # Nothing bends in between, so that weights are multiplied with each other before they meet many items.
+        if len(attributes) > c.num_attributes:
+            said = matmul(attributes, of_attributes @ first)
+        else:
+            said = matmul(matmul(attributes, of_attributes), first)
+        moment = contexts @ (of_context @ second) + (bias @ first + context_bias @ second + joint_bias)
+        both = said[index] + moment
         both = Dropout(c.dropout_rate)(both, train=train)
         return Linear(c.hidden_dim, name="item")(jnp.concatenate([identity, both], axis=-1))
 
@@ -107,20 +116,15 @@ def _zero_first_row(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
     return jax.random.normal(key, shape, dtype).at[0].set(0.0)
 
 
-class JoinedLinear(nn.Module):
-    """W [rows[index]; others] + b, the rows' part of it multiplied before they are looked up."""
+class Weights(nn.Module):
+    """W and b of a linear layer, for products with other weights."""
 
     features: int
 
     @nn.compact
-    def __call__(
-        self, rows: Float[Array, "R A"], index: Int[Array, "B N"], others: Float[Array, "B N C"]
-    ) -> Float[Array, "B N F"]:
-        width = rows.shape[-1] + others.shape[-1]
+    def __call__(self, width: int) -> tuple[Float[Array, "E F"], Float[Array, " F"]]:
         start = torch_uniform(width)
-        kernel = self.param("kernel", start, (width, self.features))
-        bias = self.param("bias", start, (self.features,))
-        return (rows @ kernel[: rows.shape[-1]])[index] + others @ kernel[rows.shape[-1] :] + bias
+        return self.param("kernel", start, (width, self.features)), self.param("bias", start, (self.features,))
 
 
 def windows(x: Float[Array, "B L h"], kernel_size: int, stride: int) -> Float[Array, "B K k h"]:

@@ -767,6 +767,19 @@ PAPER = Paper(
         "beauty_plus": Config(num_items=12_101, encoder="mlp"),
         "movielens100k": Config(num_items=1_682),
         "movielens100k_plus": Config(num_items=1_682, encoder="mlp"),
+        "movielens100k_small": Config(  # for two CPU cores
+            num_items=1_682,
+            embed_dim=64,
+            d_model=64,
+            attn_dim=64,
+            ffn_dim=256,
+            head_hidden=128,
+            teacher_layers=2,
+            teacher_heads=4,
+            teacher_head_dim=16,
+            teacher_ffn_dim=256,
+            cluster_sizes=(64, 64, 64),
+        ),
     },
     officials=(
         Official(
