@@ -57,7 +57,12 @@ def test_values_and_gradients_are_those_of_xla(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{"feature_group_count": 3, "features": 6}, {"kernel_size": (9, 9)}, {"input_dilation": 2, "padding": 1}, {"precision": "high"}],
+    [
+        {"feature_group_count": 3, "features": 6},
+        {"kernel_size": (9, 9)},
+        {"input_dilation": 2, "padding": 1},
+        {"precision": "high"},
+    ],
     ids=str,
 )
 def test_the_rest_is_left_to_xla(options, monkeypatch):

@@ -214,6 +214,10 @@ def test_pooling_is_torchs():
     close(resize.max_pool(IMAGE, 3, stride=2, padding=1), channels_last(TORCH["max_pool"]))
     close(resize.adaptive_avg_pool(IMAGE, (5, 7)), IMAGE)
     close(resize.avg_pool(IMAGE, (5, 7))[:, 0, 0], jnp.mean(IMAGE, axis=(1, 2)))
+    tiles = [[jnp.mean(IMAGE[:, i : i + 2, j : j + 3], axis=(1, 2)) for j in (0, 3)] for i in (0, 2)]
+    close(resize.avg_pool(IMAGE, (2, 3)), jnp.moveaxis(jnp.array(tiles), 2, 0))
+    long = jnp.arange(40.0).reshape(1, 20, 2, 1)
+    close(resize.avg_pool(long, (9, 1)), long[:, 4:14:9])
 
 
 def test_pooling_names_what_is_wrong():

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 
-import layers
 import zoo
 from tests.parity.harness import load_case
 from tests.weights import drawn
@@ -25,7 +24,6 @@ from zoo.signals.camera_isac import (
     VisionAngles,
     disturb_echo,
     fuse,
-    halved,
 )
 from zoo.tasks import beam_tracking
 
@@ -87,12 +85,6 @@ def test_cross_attention_reads_49_places_of_the_image_and_four_numbers_of_the_bo
         chex.assert_trees_all_close(jnp.sum(weights, axis=-1), jnp.ones((2, 1, 1)), rtol=1e-5)
     # A bias of the keys shifts all scores of a query alike.
     assert all(np.any(part["kernel"]) for part in query_and_key(gradients))
-
-
-@pytest.mark.parametrize("size", [(6, 8), (7, 5)])
-def test_halved_images_are_means_of_four_pixels(size):
-    x = jax.random.normal(KEY, (2, *size, 3))
-    chex.assert_trees_all_close(halved(x), layers.avg_pool(x, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(62, 77), (77, 64)])

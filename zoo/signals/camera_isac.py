@@ -73,15 +73,6 @@ def _norm(config: Config, name: str) -> BatchNorm:
     return BatchNorm(config.batch_norm_epsilon, config.batch_norm_momentum, name=name)
 
 
-def halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Means of 2 x 2 pixels, an odd last row or column left out: `avg_pool`, whose windows take XLA on CPUs six times
-    as long."""
-    batch, height, width, channels = x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3]
-    rows = x[:, : 2 * height, : 2 * width].astype(jnp.float32).reshape(batch, height, 2, -1)
-    pairs = (rows[:, :, 0] + rows[:, :, 1]).reshape(batch, height, width, 2, channels)
-    return ((pairs[..., 0, :] + pairs[..., 1, :]) / 4).astype(x.dtype)
-
-
 class Convolution(nn.Module):
     """3 x 3 convolution without padding, as a product of patches: on CPUs the gradient of the first one's kernel takes
     less than half of the time of XLA's strided convolution."""
@@ -146,7 +137,7 @@ class VisionAngles(nn.Module):
     def __call__(self, image: Float[Array, "B H W 3"], box: Float[Array, "B 4"], *, train: bool) -> Float[Array, "B 2"]:
         c = self.config
         width = c.channels[-1]
-        x = halved(image)
+        x = layers.avg_pool(image, 2)
         for i, (features, stride) in enumerate(zip(c.channels, (2, 2, 2, 1), strict=True)):
             x = ConvBlock(c, features, stride, name=f"conv_{i}")(x, train=train)
             if i == 1:

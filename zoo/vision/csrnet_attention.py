@@ -54,7 +54,7 @@ class Config:
     cbam_size: int = 7  # of its convolution
     batch_norm_epsilon: float = 1e-5  # of coordinate attention
     convolution: Literal["native", "patches"] = "native"
-    """native: the compiler's; patches: as a product of patches, which on CPUs is faster for narrow layers."""
+    """native: as `layers` has it; patches: as a product of patches, which on CPUs is faster for narrow layers."""
     init_std: float | None = 0.01
     """Of new kernels; None: sqrt(2 / fan-in), where the front end starts afresh too, and 0.01 of the last one's."""
 
@@ -134,8 +134,10 @@ class Model(nn.Module):
             start = nn.initializers.normal(c.init_std or 0.01)
             if c.init_std is None and name != "out":  # counts begin near 0
                 start = nn.initializers.he_normal()
-            product = {} if c.convolution == "native" else {"conv_general_dilated": product_of_patches}
-            return nn.Conv(channels, (size, size), kernel_init=start, **spread, **product, name=name)(x)
+            convolve = layers.conv_general_dilated if c.convolution == "native" else product_of_patches
+            return nn.Conv(
+                channels, (size, size), kernel_init=start, **spread, conv_general_dilated=convolve, name=name
+            )(x)
 
         def attended(x: Array, place: str) -> Array:
             if c.attention == "none" or place not in _PLACES.get(c.attention_at, (place,)):
