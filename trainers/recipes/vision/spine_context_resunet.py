@@ -5,6 +5,10 @@ over all test voxels, 0.951 the mean of volumes; all that is bright (Otsu's thre
 took a second there, and compiling it 52.
 The paper reports a mean Dice of 0.881 on VerSe2020 and 0.882 on CTSpine1K (its ResUNet 0.865 and 0.864); these volumes
 are not at hand.
+
+A training step at `zoo bench spine_context_resunet --config verse --batch-size 1`, on two cores of that kind with
+nothing beside it: 20.1 s, of which the forward pass would be 11.1: XLA's convolutions of volumes come to 27 GFLOP/s
+there. A plain PyTorch equivalent, torch 2.13, two hours earlier: 13.2 s.
 """
 
 from trainers.recipe import Evaluation, Optimizer, Recipe
