@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 import layers
 from zoo.blocks import Dropout, Linear, stack
-from zoo.blocks.basic import matmul
+from zoo.blocks.basic import product_of_patches
 from zoo.errors import UserError
 from zoo.paper import Official, Paper
 from zoo.tasks import anomaly_detection
@@ -118,22 +118,6 @@ class AxisAttention(nn.Module):
         return line(features, name="out")(mixed[:, :, 0])
 
 
-class TimeConv(nn.Module):
-    """A convolution along time, centred, zeros outside, without bias: a matrix product of neighbouring samples, which
-    for so few channels is twice as fast on CPUs as XLA's convolution."""
-
-    features: int
-    kernel_size: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L F"]:
-        shape = (self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.orthogonal(), shape)
-        windows = layers.unfold(x, self.kernel_size, padding=self.kernel_size // 2)
-        flat = matmul(windows.reshape(-1, shape[0] * shape[1]), jnp.asarray(kernel).reshape(-1, self.features))
-        return flat.reshape(*x.shape[:2], self.features)
-
-
 class Convolutions(nn.Module):
     """LN(drop(conv(ReLU(conv(x)))) + x) along time; rows are the channels."""
 
@@ -141,8 +125,15 @@ class Convolutions(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B R L"], *, train: bool) -> Float[Array, "B R L"]:
-        c = self.config
-        convolve = partial(TimeConv, kernel_size=c.kernel_size)
+        c, half = self.config, self.config.kernel_size // 2
+        convolve = partial(
+            nn.Conv,
+            kernel_size=(c.kernel_size,),
+            padding=[(half, half)],
+            use_bias=False,
+            kernel_init=nn.initializers.orthogonal(),
+            conv_general_dilated=product_of_patches,
+        )
         hidden = jax.nn.relu(convolve(c.hidden_channels, name="conv1")(jnp.swapaxes(x, 1, 2)))
         hidden = jnp.swapaxes(convolve(x.shape[1], name="conv2")(hidden), 1, 2)
         return _matrix_norm(c, "norm")(x + Dropout(c.dropout_rate)(hidden, train=train))

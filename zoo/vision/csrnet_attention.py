@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 import layers
 from zoo.blocks import BatchNorm, Linear
-from zoo.blocks.basic import matmul
+from zoo.blocks.basic import product_of_patches
 from zoo.paper import Official, Paper
 from zoo.tasks import density_regression
 from zoo.tasks.task import Batch
@@ -107,17 +107,6 @@ class Gate(nn.Module):
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
-
-
-def product_of_patches(
-    x: Float[Array, "B h w C"], kernel: Float[Array, "k k C F"], strides: Any, padding: Any, *, rhs_dilation: Any,
-    **options: Any,
-) -> Float[Array, "B h w F"]:  # fmt: skip
-    """Such a convolution with stride 1 and zeros around that keep the size, for `nn.Conv`."""
-    around = tuple(before for before, _ in padding)
-    patches = layers.unfold(x, kernel.shape[:2], dilation=tuple(rhs_dilation), padding=around)
-    flat = kernel.reshape(-1, kernel.shape[-1])
-    return matmul(patches.reshape(-1, len(flat)), flat).reshape(*x.shape[:-1], -1)
 
 
 class Model(nn.Module):
